@@ -1,0 +1,195 @@
+"""One run is one RunConfig: YAML file + dotted overrides, checked before anything starts.
+
+Every section forbids unknown keys; the error names the nearest key. The resolved config is written into the
+run's folder and is itself a valid config file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    path: str  # HF folder: config.json, safetensors, tokenizer
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    spec: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TransformerEngine where it is installed
+    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    moe_aux_loss_coef: float = Field(0.0, ge=0)  # load-balancing loss; 0 in RL, 0.01 is usual for SFT
+    recompute: Literal["none", "selective", "full"] = "none"
+
+
+class ParallelConfig(Section):
+    tp: int = Field(1, ge=1)  # tensor; >1 turns sequence parallelism on
+    pp: int = Field(1, ge=1)  # pipeline
+    vpp: int = Field(1, ge=1)  # model chunks a pipeline stage (interleaved schedule)
+    cp: int = Field(1, ge=1)  # context
+    ep: int = Field(1, ge=1)  # expert
+    etp: int = Field(1, ge=1)  # expert tensor
+    distributed_optimizer: bool = False
+    timeout_s: float = Field(600, gt=0)  # a collective that waits longer ends the run with a message
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)  # optimizer steps
+    decay_steps: int | None = Field(None, gt=0)  # optimizer steps; None: until the end of the run
+    name: Literal["adam", "sgd"] = "adam"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, ge=0)  # global norm; 0 turns clipping off
+
+
+class BatchConfig(Section):
+    prompts_per_step: int = Field(32, ge=1)  # prompts of one rollout (SFT: examples of one step)
+    mini_batches: int = Field(1, ge=1)  # optimizer steps a rollout
+    epochs: int = Field(1, ge=1)  # passes over a rollout
+    micro_batch_tokens: int = Field(4096, ge=1)  # token budget of one forward pass on one rank
+    logprob_chunk_tokens: int = Field(1024, ge=1)  # positions whose logits exist at once
+
+
+class RolloutConfig(Section):
+    group_size: int = Field(8, ge=1)  # responses a prompt
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = -1
+    max_response_tokens: int = Field(256, ge=1)
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    placement: Literal["auto", "in_process", "child", "server"] = "auto"  # auto: in_process for one rank, else child
+    server_url: str | None = None  # placement=server: http://host:port
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: model.dtype
+    max_model_len: int | None = None  # None: longest prompt + max_response_tokens
+    tensor_parallel_size: int = Field(1, ge=1)
+    kv_cache_gb: float = Field(0.5, gt=0)  # CPU
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # GPU
+    startup_timeout_s: float = Field(300, gt=0)
+
+
+class WeightSyncConfig(Section):
+    backend: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"  # auto: shm on CPU; on GPU ipc if colocated, else nccl
+    probe_prompts: int = Field(8, ge=0)  # sequences generated after each sync and scored by the trainer; 0: not verified
+    probe_tokens: int = Field(16, ge=1)
+    max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
+
+
+class DataConfig(Section):
+    task: str = "digit_sort"  # digit_sort, reasoning_gym/<name>, or file
+    params: dict[str, Any] = {}  # arguments of the task's generator
+    train_file: str | None = None  # task=file: .jsonl or .parquet
+    eval_file: str | None = None
+    prompt_key: str = "prompt"  # or "messages": a chat, rendered with the tokenizer's template
+    answer_key: str = "answer"
+    max_prompt_tokens: int | None = None  # None: whatever fits the model
+    system_prompt: str | None = None
+
+
+class EvaluateConfig(Section):
+    every: int = Field(10, ge=0)  # training steps; 0: only at the start and the end
+    prompts: int = Field(256, ge=1)  # held-out prompts
+    temperature: float = Field(1.0, ge=0)
+    stop_at_accuracy: float | None = Field(None, ge=0, le=1)  # end the run once eval/accuracy reaches it
+
+
+class CheckpointConfig(Section):
+    every: int = Field(0, ge=0)  # training steps; 0: only at the end
+    keep_last: int = Field(2, ge=1)
+    export_hf: bool = True  # write hf/ at the end
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+    report: bool = True  # write report.png at the end
+
+
+class RunConfig(Section):
+    name: str
+    model: ModelConfig
+    algorithm: dict[str, Any] = {"name": "grpo"}  # name + that algorithm's own fields
+    output_dir: str = "runs"
+    steps: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0)
+    resume: bool = False
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    data: DataConfig = DataConfig()
+    reward: str | list[str] = "exact_match"  # names of rollout/rewards.py or module:function; several are added
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML file, lay `key.sub=value` overrides over it and validate.
+
+    Raises:
+        ValueError: missing file, broken YAML, malformed override, unknown key (names the nearest), wrong type or
+            value out of range (names the value got and what is allowed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config file {str(path)!r} does not exist; pass the path of a YAML file such as examples/demo_grpo.yaml")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise ValueError(f"config {str(path)!r} with overrides {list(overrides)} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
+    return parse_config(values)
+
+
+def parse_config(values: dict[str, Any]) -> RunConfig:
+    """Validate a nested dict. Raises ValueError listing every mistake at once."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise ValueError("invalid config:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML, itself readable by `load_config`."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1, cutoff=0.0)
+        return f"unknown key {where!r}; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])!r}? allowed: {', '.join(allowed)}"
+    if error["type"] == "missing":
+        return f"missing key {where!r}; set it in the file or as {where}=VALUE"
+    return f"{where}={error['input']!r}: {error['msg']}"
+
+
+def _fields_at(loc: tuple[Any, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in loc:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)

@@ -1,0 +1,146 @@
+"""The named dataclasses that flow through one training step.
+
+Prompt -> RolloutGroup of Trajectories -> PackedBatch -> PolicyOutput -> LossOutput.
+
+Letters for shapes: B sequences, G responses a prompt, T packed tokens, S segments, V vocabulary,
+L layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question put to the policy.
+
+    Example:
+        >>> Prompt(id="digit_sort/0", token_ids=(8, 3, 6), text="613", answer="136").answer
+        '136'
+    """
+
+    id: str  # stable between runs: the data cursor and the logs name it
+    token_ids: tuple[int, ...]
+    text: str
+    answer: Any = None  # what the reward compares with; None where the reward needs no answer
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the rollout engine samples; the same names as vLLM's where both have one.
+
+    Example:
+        >>> SamplingParams(n=8, temperature=1.0, max_tokens=64).n
+        8
+    """
+
+    n: int = 1  # responses a prompt
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1 keeps the whole vocabulary
+    max_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()  # beside the model's end-of-sequence tokens
+    stop: tuple[str, ...] = ()  # stop strings
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled response with what the rollout engine said of it.
+
+    Example:
+        >>> t = Trajectory(prompt_ids=(5, 6), response_ids=(7, 1), rollout_logprobs=(-0.1, -0.2),
+        ...                finish_reason="stop", policy_version=3)
+        >>> t.num_tokens
+        4
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]  # [T_resp], of the distribution that was sampled from
+    finish_reason: str  # "stop" (end token, stop token or string) or "length"
+    policy_version: int  # weight version that sampled it
+    text: str = ""  # the response, decoded without special tokens
+    reward: float | None = None
+    expert_ids: Tensor | None = None  # [T-1, L, K], routing seen by the rollout engine
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """All responses sampled for one prompt; advantages are group statistics.
+
+    Example:
+        >>> p = Prompt("0", (1,), "a")
+        >>> RolloutGroup(p, ()).trajectories
+        ()
+    """
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def rewards(self) -> Tensor:
+        """[G] float64. Raises ValueError where a trajectory has no reward yet."""
+        values = [t.reward for t in self.trajectories]
+        if any(v is None for v in values):
+            raise ValueError(f"group of prompt {self.prompt.id!r} has unscored trajectories; score it before asking")
+        return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One micro-batch: S sequences laid end to end, position t predicts `targets[t]`.
+
+    The last position of every segment predicts nothing: its `loss_mask` is False.
+
+    Example: prompt (5, 6), response (7, 1) is one segment of three positions
+        token_ids [5, 6, 7], targets [6, 7, 1], loss_mask [False, True, True], cu_seqlens [0, 3].
+    """
+
+    token_ids: Tensor  # [T] int64
+    targets: Tensor  # [T] int64, the next token
+    positions: Tensor  # [T] int64, restarts at 0 in every segment
+    segment_ids: Tensor  # [T] int64, 0..S-1
+    loss_mask: Tensor  # [T] bool, True where `targets` was sampled by the policy
+    cu_seqlens: Tensor  # [S+1] int32
+    weights: Tensor  # [T] share of each token in the loss of the global mini-batch; 0 where masked
+    advantages: Tensor  # [T]
+    old_logprobs: Tensor  # [T]
+    rollout_logprobs: Tensor  # [T]
+    ref_logprobs: Tensor | None = None  # [T]
+    returns: Tensor | None = None  # [T]
+    expert_ids: Tensor | None = None  # [T, L, K]
+
+    @property
+    def num_segments(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What the policy says of `PackedBatch.targets`, all [T]; undefined where `loss_mask` is False."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A scalar loss that is already a share of the global mini-batch, and metrics of the same kind.
+
+    Summing `loss`, or any metric, over micro-batches and ranks gives the value of the global mini-batch.
+    """
+
+    loss: Tensor  # []
+    metrics: dict[str, Tensor]
