@@ -9,7 +9,7 @@ L layers, K experts a token.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class RolloutGroup:
 class PackedBatch:
     """One micro-batch: S sequences laid end to end, position t predicts `targets[t]`.
 
-    The last position of every segment predicts nothing: its `loss_mask` is False.
+    A sequence of n tokens takes n-1 positions: its last token is only ever a target.
 
     Example: prompt (5, 6), response (7, 1) is one segment of three positions
         token_ids [5, 6, 7], targets [6, 7, 1], loss_mask [False, True, True], cu_seqlens [0, 3].
@@ -121,9 +121,10 @@ class PackedBatch:
     returns: Tensor | None = None  # [T]
     expert_ids: Tensor | None = None  # [T, L, K]
 
-    @property
-    def num_segments(self) -> int:
-        return self.cu_seqlens.numel() - 1
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: x.to(device) for name, x in values if x is not None})
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,11 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A scalar loss that is already a share of the global mini-batch, and metrics of the same kind.
+    """A scalar loss that is already a share of the global mini-batch, and metrics that add up.
 
-    Summing `loss`, or any metric, over micro-batches and ranks gives the value of the global mini-batch.
+    Summing `loss` over micro-batches and ranks gives the loss of the global mini-batch. A metric is a sum over the
+    batch's loss tokens; dividing its total by the total of "num_tokens" gives the token mean of the mini-batch.
     """
 
     loss: Tensor  # []
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Tensor]  # each [], detached

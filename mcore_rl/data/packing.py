@@ -1,0 +1,159 @@
+"""From sequences to packed micro-batches, the same number on every data-parallel rank.
+
+Every rank plans the whole global batch from the same numbers and builds only its own share, so that nothing has to be
+agreed on by communication. Loss weights are fixed here, over the global mini-batch: packing cannot change the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mcore_rl.algorithms.base import Algorithm
+from mcore_rl.functional.reduce import sequence_weights
+from mcore_rl.types import PackedBatch, RolloutGroup
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence to train on: n tokens of which the last `num_response` were sampled.
+
+    Example:
+        >>> Sample(token_ids=(5, 6, 7, 1), num_response=2, advantage=0.5, rollout_logprobs=(-0.1, -0.2)).positions
+        3
+    """
+
+    token_ids: tuple[int, ...]
+    num_response: int
+    advantage: float
+    rollout_logprobs: tuple[float, ...]  # [num_response]
+
+    @property
+    def positions(self) -> int:
+        return len(self.token_ids) - 1
+
+
+def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sample]:
+    """Every trajectory of scored and shaped groups with its advantage."""
+    samples = []
+    for group in groups:
+        for trajectory, advantage in zip(group.trajectories, algorithm.advantages(group).tolist(), strict=True):
+            samples.append(
+                Sample(
+                    token_ids=(*trajectory.prompt_ids, *trajectory.response_ids),
+                    num_response=len(trajectory.response_ids),
+                    advantage=advantage,
+                    rollout_logprobs=trajectory.rollout_logprobs,
+                )
+            )
+    return samples
+
+
+def split_mini_batches(count: int, mini_batches: int, seed: int) -> list[list[int]]:
+    """A seeded shuffle of range(count) cut into `mini_batches` parts whose sizes differ by at most one.
+
+    Raises:
+        ValueError: fewer samples than mini-batches.
+    """
+    if count < mini_batches:
+        raise ValueError(f"{count} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    bounds = [count * i // mini_batches for i in range(mini_batches + 1)]
+    return [order[a:b] for a, b in zip(bounds, bounds[1:])]
+
+
+def balance(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Spread sequences over ranks and micro-batches: longest first, each into the emptiest bin.
+
+    Args:
+        lengths: positions of each sequence.
+        num_ranks: data-parallel ranks.
+        budget: positions of one micro-batch; a longer sequence has a micro-batch of its own.
+
+    Returns:
+        [rank][micro_batch] -> indices into `lengths`; every rank has the same number of micro-batches, some may be empty
+        where there are fewer sequences than bins.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    limit = max(budget, max(lengths, default=0))
+    per_rank = max(1, -(-sum(lengths) // (limit * num_ranks)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
+        fill = [0] * len(bins)
+        for i in order:
+            emptiest = fill.index(min(fill))
+            bins[emptiest].append(i)
+            fill[emptiest] += lengths[i]
+        if max(fill) <= limit:
+            return [bins[rank::num_ranks] for rank in range(num_ranks)]
+        per_rank += 1
+
+
+def pack_mini_batch(
+    samples: Sequence[Sample],
+    algorithm: Algorithm,
+    *,
+    rank: int,
+    num_ranks: int,
+    budget: int,
+    max_response: int,
+    multiple: int = 1,
+) -> list[PackedBatch]:
+    """This rank's micro-batches of one global mini-batch.
+
+    Args:
+        samples: the whole mini-batch, the same on every rank.
+        rank, num_ranks: place in the data-parallel group.
+        budget: positions of one micro-batch.
+        max_response: longest response allowed, the constant of `aggregation="constant"`.
+        multiple: micro-batches are filled up to a multiple of this (sequence parallelism cuts them into tp parts).
+    """
+    lengths = torch.tensor([s.num_response for s in samples])
+    weights = sequence_weights(lengths, algorithm.aggregation, max_length=max_response).tolist()
+    mine = balance([s.positions for s in samples], num_ranks, budget)[rank]
+    # a bin without a sequence still takes part in every collective: one sequence of weight 0
+    shortest = min(range(len(samples)), key=lambda i: samples[i].positions)
+    return [
+        pack([samples[i] for i in b] or [_untrained(samples[shortest])], [weights[i] for i in b] or [0.0], multiple)
+        for b in mine
+    ]
+
+
+def _untrained(sample: Sample) -> Sample:
+    return replace(sample, num_response=0, rollout_logprobs=())
+
+
+def pack(samples: Sequence[Sample], weights: Sequence[float], multiple: int = 1) -> PackedBatch:
+    """Lay sequences end to end; `weights` holds the loss weight of a response token of each.
+
+    Where the positions are no multiple of `multiple`, one more segment without loss tokens fills them up.
+    """
+    missing = -sum(s.positions for s in samples) % multiple
+    if missing:
+        samples = [*samples, Sample((0,) * (missing + 1), 0, 0.0, ())]
+        weights = [*weights, 0.0]
+    positions = [s.positions for s in samples]
+    total = sum(positions)
+    segment_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(positions))
+    loss_mask = torch.cat([torch.arange(s.positions) >= s.positions - s.num_response for s in samples])
+
+    def spread(values: Sequence[float]) -> Tensor:
+        return torch.where(loss_mask, torch.tensor(values)[segment_ids], 0.0)
+
+    rollout_logprobs = torch.zeros(total)
+    rollout_logprobs[loss_mask] = torch.tensor([x for s in samples for x in s.rollout_logprobs])
+    return PackedBatch(
+        token_ids=torch.tensor([t for s in samples for t in s.token_ids[:-1]]),
+        targets=torch.tensor([t for s in samples for t in s.token_ids[1:]]),
+        positions=torch.cat([torch.arange(n) for n in positions]),
+        segment_ids=segment_ids,
+        loss_mask=loss_mask,
+        cu_seqlens=torch.tensor([0, *positions]).cumsum(0).int(),
+        weights=spread(weights),
+        advantages=spread([s.advantage for s in samples]),
+        old_logprobs=torch.zeros(total),
+        rollout_logprobs=rollout_logprobs,
+    )

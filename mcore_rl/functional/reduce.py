@@ -1,0 +1,42 @@
+"""The reduction of a loss is data: a weight for every token, fixed before the first forward pass.
+
+The loss of a global mini-batch is sum_t weights_t * per_token_t. How the batch is cut into micro-batches, packed, or
+spread over ranks cannot change it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+
+
+def sequence_weights(lengths: Tensor, aggregation: str, *, max_length: int | None = None) -> Tensor:
+    """The weight of each token of every sequence of a global mini-batch.
+
+    Args:
+        lengths: [B] number of loss tokens of each sequence; sequences of length 0 count nowhere.
+        aggregation: token_mean 1/sum(n); sequence_mean 1/(N n_i), the token mean inside each sequence;
+            sequence_sum 1/N; constant 1/(N max_length) (Dr.GRPO). N is the number of sequences with n_i > 0.
+        max_length: the constant of "constant".
+
+    Returns:
+        [B] float64, one weight for all tokens of a sequence; 0 for an empty one.
+
+    Raises:
+        ValueError: unknown aggregation, or "constant" without `max_length`.
+    """
+    if aggregation not in AGGREGATIONS:
+        raise ValueError(f"aggregation={aggregation!r}: allowed are {', '.join(AGGREGATIONS)}")
+    if aggregation == "constant" and not max_length:
+        raise ValueError("aggregation='constant' divides by the longest response allowed; give max_length > 0")
+    n = lengths.double()
+    count = (n > 0).sum().clamp(min=1)
+    weight = {
+        "token_mean": lambda: 1 / n.sum().clamp(min=1),
+        "sequence_mean": lambda: 1 / (count * n.clamp(min=1)),
+        "sequence_sum": lambda: 1 / count.double(),
+        "constant": lambda: 1 / (count * float(max_length or 1)),
+    }[aggregation]()
+    return torch.where(n > 0, weight, 0.0)

@@ -1,0 +1,124 @@
+"""Training checkpoints: Megatron's torch_dist format plus the loop's own counters, written beside and renamed.
+
+    checkpoints/step_000040/    complete, or not there at all
+    checkpoints/step_000050.tmp what a crash leaves; removed by the next save
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron is imported
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from mcore_rl.model.optimizer import Training
+from mcore_rl.parallel.collectives import on_rank_0
+from mcore_rl.parallel.groups import Groups
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Counters of the loop: all that a resumed run needs beside model, optimizer and random state."""
+
+    step: int = 0  # finished training steps
+    prompts_seen: int = 0  # data cursor
+    policy_version: int = 0  # weight updates sent to the rollout engine
+
+
+def save_checkpoint(folder: Path, training: Training, groups: Groups, progress: Progress, *, keep_last: int) -> Path:
+    """Write checkpoints/step_N; collective.
+
+    Raises:
+        OSError: the folder cannot be written (disk full, permissions), on every rank, with the path.
+    """
+    final = folder / f"step_{progress.step:06d}"
+    partial = final.with_suffix(".tmp")
+
+    def prepare() -> None:
+        for leftover in folder.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+
+    def publish() -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in sorted(_complete(folder))[:-keep_last]:
+            shutil.rmtree(folder / f"step_{old:06d}")
+
+    on_rank_0(groups, prepare)
+    state = _sharded_state(training, loading=False)
+    state["progress"] = asdict(progress)
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    on_rank_0(groups, publish)
+    return final
+
+
+def load_checkpoint(folder: Path, training: Training) -> Progress | None:
+    """Load the newest complete checkpoint into `training`; None where there is none. Collective."""
+    steps = _complete(folder)
+    if not steps:
+        return None
+    _materialise_optimizer_state(training)
+    state = _sharded_state(training, loading=True)
+    state = dist_checkpointing.load(state, str(folder / f"step_{max(steps):06d}"))
+    for i, chunk in enumerate(training.chunks):
+        chunk.module.load_state_dict(state[f"model{i}"], strict=True)
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"]["torch"])
+    get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
+    return Progress(**state["progress"])
+
+
+def _complete(folder: Path) -> list[int]:
+    matches = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
+    return [int(m.group(1)) for m in matches if m]
+
+
+def _metadata() -> Mapping:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _sharded_state(training: Training, *, loading: bool) -> dict:
+    metadata = _metadata()
+    model = {f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(training.chunks)}
+    merged = {k: v for part in model.values() for k, v in part.items()} if len(model) > 1 else model["model0"]
+    rng = {"torch": torch.get_rng_state(), "model_parallel": get_cuda_rng_tracker().get_states()}
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        **model,
+        "optimizer": training.optimizer.sharded_state_dict(merged, is_loading=loading, metadata=metadata),
+        "scheduler": training.scheduler.state_dict(),
+        "rng": ShardedObject("rng", rng, (world,), (rank,)),
+    }
+
+
+def _materialise_optimizer_state(training: Training) -> None:
+    """Give torch's Adam its (zero) state: Megatron asks a fresh optimizer for the tensors it will load into."""
+    for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.Adam):
+            continue
+        for group in inner.param_groups:
+            for p in group["params"]:
+                if not inner.state[p]:
+                    inner.state[p].update(
+                        step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )

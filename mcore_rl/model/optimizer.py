@@ -1,0 +1,92 @@
+"""Megatron's DDP, optimizer and learning-rate schedule around model chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron is imported
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig as MegatronOptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
+from torch.nn import Module
+
+from mcore_rl.config import OptimizerConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Training:
+    """DDP-wrapped chunks with the optimizer that updates them."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    def zero_grad(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step on the accumulated gradients.
+
+        Returns:
+            (global gradient norm before clipping, learning rate used).
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.scheduler.step(increment=1)
+        return float(grad_norm), lr
+
+
+def build_training(
+    chunks: Sequence[Module], optimizer: OptimizerConfig, parallel: ParallelConfig, total_steps: int
+) -> Training:
+    """Wrap model chunks for training. Gradients are reduced in fp32; bf16 models get fp32 main weights.
+
+    Args:
+        total_steps: optimizer steps of the whole run, the default length of the decay.
+    """
+    config = get_model_config(chunks[0])
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        check_for_nan_in_grad=True,
+    )
+    # bucketing of later chunks is off as in Megatron's own training loop: their gradients come first
+    wrapped = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+    megatron_optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer=optimizer.name,
+            lr=optimizer.lr,
+            min_lr=optimizer.min_lr,
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_eps=optimizer.eps,
+            sgd_momentum=0.0,
+            weight_decay=optimizer.weight_decay,
+            clip_grad=optimizer.clip_grad,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=parallel.distributed_optimizer,
+        ),
+        wrapped,
+    )
+    scheduler = OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=max(optimizer.decay_steps or total_steps, optimizer.warmup_steps + 1),
+        lr_decay_style=optimizer.schedule,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = megatron_optimizer.scale_loss
+    return Training(wrapped, megatron_optimizer, scheduler)

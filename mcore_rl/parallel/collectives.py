@@ -1,0 +1,67 @@
+"""The few collectives the loop needs beside Megatron's: run on rank 0, tell everyone, add up numbers."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from mcore_rl.parallel.groups import Groups
+
+T = TypeVar("T")
+
+
+def on_rank_0(groups: Groups, work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its (picklable) result on every rank.
+
+    Raises:
+        Exception: whatever `work` raised, on every rank, so that no rank waits for one that has already failed.
+    """
+    if groups.world_size == 1:
+        return work()
+    outcome: list = [None]
+    if groups.rank == 0:
+        try:
+            outcome = [(True, work())]
+        except Exception as error:  # re-raised below, here and on every other rank
+            outcome = [(False, _sendable(error))]
+    dist.broadcast_object_list(outcome, src=0)
+    ok, value = outcome[0]
+    if not ok:
+        raise value
+    return value
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself where it survives pickling, else a RuntimeError that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def sum_over_ranks(groups: Groups, values: dict[str, float], *, contributes: bool = True) -> dict[str, float]:
+    """Add up each number over the ranks that contribute; the result is the same on every rank."""
+    totals: dict[str, float] = {}
+    for part in _gather(groups, values if contributes else {}):
+        for name, value in part.items():
+            totals[name] = totals.get(name, 0.0) + value
+    return totals
+
+
+def max_over_ranks(groups: Groups, value: float) -> float:
+    """The largest of every rank's number; NaN if any is NaN."""
+    values = _gather(groups, value)
+    return max(values, key=lambda x: (math.isnan(x), x))
+
+
+def _gather(groups: Groups, value: T) -> list[T]:
+    if groups.world_size == 1:
+        return [value]
+    everyone: list = [None] * groups.world_size
+    dist.all_gather_object(everyone, value)
+    return everyone

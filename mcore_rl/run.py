@@ -1,0 +1,190 @@
+"""Everything that lives as long as a run: groups, models, rollout engine, weight sync, logs. Opened and closed once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PretrainedConfig
+
+from mcore_rl import algorithms
+from mcore_rl.algorithms.base import Algorithm
+from mcore_rl.config import RunConfig, dump_config
+from mcore_rl.data.tasks import Task, build_task
+from mcore_rl.metrics import RunLog
+from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.checkpoint import Progress, load_checkpoint
+from mcore_rl.model.forward import Policy
+from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.parallel import groups as process_groups
+from mcore_rl.parallel.collectives import on_rank_0
+from mcore_rl.parallel.groups import Groups
+from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.rollout.collect import Reward
+from mcore_rl.rollout.engine import RolloutEngine
+from mcore_rl.rollout.rewards import load_reward
+from mcore_rl.rollout.vllm_engine import open_engine
+from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
+from mcore_rl.types import SamplingParams
+from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.shards import megatron_shards
+from mcore_rl.weights.sync import WeightExporter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration: what can be known before a process group, a model or an engine exists."""
+
+    config: RunConfig
+    layout: ParallelLayout
+    hf_config: PretrainedConfig
+    tokenizer: Any
+    algorithm: Algorithm
+    task: Task
+    reward: Reward
+
+
+@dataclass(frozen=True)
+class Run:
+    """A running configuration on this rank. `engine` and `log` exist on rank 0 only."""
+
+    plan: Plan
+    groups: Groups
+    training: Training
+    policy: Policy
+    reference: Policy | None
+    exporter: WeightExporter
+    engine: RolloutEngine | None
+    transfer: WeightTransfer
+    log: RunLog | None
+    start: Progress
+
+
+def world_size() -> int:
+    """Trainer ranks, from torchrun's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def make_plan(config: RunConfig, world: int) -> Plan:
+    """Check everything that can be checked without starting anything.
+
+    Raises:
+        ValueError: the algorithm, layout, model folder, data, reward or run folder does not fit, with the fix.
+    """
+    fields = dict(config.algorithm)
+    algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
+    layout = ParallelLayout.from_config(config.parallel, world)
+    hf_config = read_hf_config(config.model.path)
+    layout.validate_model(hf_config)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    task = build_task(config.data, tokenizer, config.seed)
+    _check_lengths(config, hf_config, task)
+    if config.rollout.placement == "in_process" and world > 1:
+        raise ValueError(f"rollout.placement='in_process' needs one trainer rank, got {world}; use 'child' or 'auto'")
+    if (config.run_dir / "metrics.jsonl").exists() and not config.resume:
+        raise ValueError(
+            f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, choose another name=..., or remove it"
+        )
+    return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
+
+
+def _check_lengths(config: RunConfig, hf_config: PretrainedConfig, task: Task) -> None:
+    needed = task.max_prompt_tokens + config.rollout.max_response_tokens
+    if needed > hf_config.max_position_embeddings:
+        raise ValueError(
+            f"the longest prompt ({task.max_prompt_tokens} tokens) and rollout.max_response_tokens={config.rollout.max_response_tokens} "
+            f"need {needed} positions, the model has {hf_config.max_position_embeddings}; lower max_response_tokens or "
+            "drop long prompts with data.max_prompt_tokens"
+        )
+
+
+@contextmanager
+def open_run(plan: Plan) -> Iterator[Run]:
+    """Start process groups, model, optimizer, engine and logs; close all of them whatever happens."""
+    config = plan.config
+    with ExitStack() as stack:
+        groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
+        stack.callback(process_groups.destroy)
+        chunks = _load_policy(plan, groups)
+        reference = None
+        if "reference" in plan.algorithm.needs:
+            reference = _policy(plan, groups, _load_policy(plan, groups))
+        training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
+        start = (load_checkpoint(config.run_dir / "checkpoints", training) if config.resume else None) or Progress()
+        exporter = WeightExporter(chunks, plan.hf_config, groups)
+        engine = on_rank_0_only(groups, lambda: _open_engine(plan))
+        if engine is not None:
+            stack.callback(engine.close)
+        transfer = connect(engine, exporter, config.weight_sync, groups)
+        stack.callback(transfer.close)
+        log = on_rank_0_only(groups, lambda: _open_log(plan, start))
+        if log is not None:
+            stack.callback(log.close)
+        policy = _policy(plan, groups, training.chunks)
+        yield Run(plan, groups, training, policy, reference, exporter, engine, transfer, log, start)
+
+
+def on_rank_0_only(groups: Groups, make):
+    """`make()` on rank 0, None elsewhere; a failure on rank 0 is raised on every rank."""
+    made = []
+    on_rank_0(groups, lambda: made.append(make()))
+    return made[0] if made else None
+
+
+def total_updates(config: RunConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * config.batch.mini_batches * config.batch.epochs
+
+
+def rollout_sampling(config: RunConfig) -> SamplingParams:
+    """How training responses are sampled."""
+    rollout = config.rollout
+    return SamplingParams(
+        n=rollout.group_size,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_tokens,
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        stop=tuple(rollout.stop),
+    )
+
+
+def _load_policy(plan: Plan, groups: Groups) -> list:
+    chunks = build_model(plan.hf_config, plan.config.model, groups)
+    load_hf(plan.config.model.path, megatron_shards(chunks, plan.hf_config, groups))
+    return chunks
+
+
+def _policy(plan: Plan, groups: Groups, chunks) -> Policy:
+    return Policy(
+        chunks,
+        groups,
+        vocab_size=plan.hf_config.vocab_size,
+        temperature=plan.config.rollout.temperature if plan.algorithm.needs_rollouts else 1.0,
+        chunk_tokens=plan.config.batch.logprob_chunk_tokens,
+    )
+
+
+def _open_engine(plan: Plan) -> RolloutEngine:
+    config = plan.config
+    return open_engine(
+        config.rollout,
+        config.weight_sync,
+        model_path=config.model.path,
+        model_dtype=config.model.dtype,
+        max_prompt_tokens=plan.task.max_prompt_tokens,
+        world_size=plan.layout.world_size,
+        seed=config.seed,
+    )
+
+
+def _open_log(plan: Plan, start: Progress) -> RunLog:
+    run_dir: Path = plan.config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(dump_config(plan.config))
+    return RunLog(run_dir, plan.config, resume_step=start.step if plan.config.resume else None)
