@@ -1,0 +1,155 @@
+"""The only maker of process groups: torch.distributed, Megatron's parallel_state and its random states."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from mcore_rl.parallel.layout import ParallelLayout, RankCoords
+
+_COLLECTIVE_FAILURES = ("timed out", "timeout", "connection closed by peer", "connection reset", "connection refused", "broken pipe")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place and its process groups; `model` spans tp x pp, `dp_cp` the ranks that hold the same dense weights."""
+
+    rank: int
+    world_size: int
+    layout: ParallelLayout
+    device: torch.device
+    tp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    etp: dist.ProcessGroup
+    edp: dist.ProcessGroup
+    model: dist.ProcessGroup
+    world: dist.ProcessGroup
+
+    @property
+    def coords(self) -> RankCoords:
+        return self.layout.coords(self.rank)
+
+    @property
+    def is_pipeline_first(self) -> bool:
+        return self.coords.pp == 0
+
+    @property
+    def is_pipeline_last(self) -> bool:
+        return self.coords.pp == self.layout.pp - 1
+
+
+def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
+    """Join all ranks: NCCL with CUDA, else gloo. One process without torchrun's environment makes its own world.
+
+    Args:
+        layout: its world_size must be the number of started processes.
+        timeout_s: longest wait of one collective.
+        seed: of the model-parallel random states; tensor ranks differ from each other, data-parallel ranks do not.
+    Raises:
+        ValueError: the number of started processes is not the layout's, or there are more local ranks than GPUs.
+        RuntimeError: already initialised, or the other ranks did not come (the message says what to look at).
+    """
+    if parallel_state.is_initialized():
+        raise RuntimeError("process groups exist already; call groups.destroy() before another groups.init()")
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != layout.world_size:
+        raise ValueError(
+            f"the layout needs {layout.world_size} ranks, but {started} {'was' if started == 1 else 'were'} started; use "
+            f"torchrun --nproc-per-node {layout.world_size}"
+        )
+    device = _local_device()
+    with explain_timeouts(timeout_s):
+        _join(device, timeout_s)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=layout.etp,
+            distributed_timeout_minutes=timeout_s / 60,
+        )
+    # As in Megatron's own training loop: stages of a pipeline draw from separate seeds.
+    stage_seed = seed + 100 * layout.coords(dist.get_rank()).pp
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(stage_seed)
+    return _groups(layout, device)
+
+
+def destroy() -> None:
+    """Leave all groups. Waits for no other rank, so it is safe after a failure; does nothing where none exist."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def explain_timeouts(timeout_s: float) -> Iterator[None]:
+    """Say what to do where a collective failed because another rank is late or gone; other errors pass unchanged.
+
+    Raises:
+        RuntimeError: from the collective's own error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error).lower() for sign in _COLLECTIVE_FAILURES):
+            raise
+        raise RuntimeError(
+            f"rank {os.environ.get('RANK', 0)} lost another rank in a collective (limit {timeout_s:g} s). Look for the first "
+            "error in the other ranks' output: usually one of them failed or was killed. If all are alive and only slow, "
+            f"raise parallel.timeout_s. Cause: {error}"
+        ) from error
+
+
+def _local_device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; start at most that many "
+            "ranks a host or correct CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(device: torch.device, timeout_s: float) -> None:
+    backend, timeout = ("nccl" if device.type == "cuda" else "gloo"), timedelta(seconds=timeout_s)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def _groups(layout: ParallelLayout, device: torch.device) -> Groups:
+    return Groups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        layout=layout,
+        device=device,
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        etp=parallel_state.get_expert_tensor_parallel_group(),
+        edp=parallel_state.get_expert_data_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        world=dist.group.WORLD,
+    )

@@ -1,0 +1,144 @@
+"""How ranks are laid out over tensor, context, expert, data and pipeline parallelism: integers only.
+
+Megatron's order is tp-cp-ep-dp-pp, fastest first. Dense layers see the ranks of one pipeline stage as a grid dp x cp x tp,
+expert layers see the same ranks as edp x ep x etp:
+
+    rank = ((pp * DP  + dp)  * CP + cp) * TP  + tp
+         = ((pp * EDP + edp) * EP + ep) * ETP + etp
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcore_rl.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class RankCoords:
+    """Position of one rank along each axis; `edp` is data parallelism among the copies of an expert."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+    etp: int
+    edp: int
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Sizes of the parallel axes.
+
+    Raises:
+        ValueError: a size below 1, vpp without pp, or expert axes that do not divide a pipeline stage.
+
+    Example:
+        >>> ParallelLayout(tp=2, ep=2, dp=2).world_size
+        4
+        >>> ParallelLayout(tp=2, ep=2, dp=2).coords(3)
+        RankCoords(tp=1, cp=0, dp=1, pp=0, ep=1, etp=0, edp=1)
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    dp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"parallel.{name}={size!r} must be a whole number of at least 1")
+        if self.vpp > 1 and self.pp == 1:
+            raise ValueError(f"parallel.vpp={self.vpp} splits pipeline stages, but there is one; set parallel.pp>1 or parallel.vpp=1")
+        if self.stage_size % (self.ep * self.etp):
+            raise ValueError(
+                f"parallel.ep*etp={self.ep}*{self.etp} must divide tp*cp*dp={self.tp}*{self.cp}*{self.dp}={self.stage_size}, the "
+                f"ranks of one pipeline stage; choose ep*etp from {_divisors(self.stage_size)} or start more ranks"
+            )
+
+    @classmethod
+    def from_config(cls, parallel: ParallelConfig, world_size: int) -> ParallelLayout:
+        """Derive dp from the number of ranks. Raises ValueError where the world does not fit, with sizes that do."""
+        model_size = parallel.tp * parallel.pp * parallel.cp
+        if world_size % model_size:
+            raise ValueError(
+                f"{world_size} ranks cannot hold parallel.tp*pp*cp={parallel.tp}*{parallel.pp}*{parallel.cp}={model_size}; start a "
+                f"multiple of {model_size} ranks (torchrun --nproc-per-node {model_size}) or lower tp, pp or cp"
+            )
+        axes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
+        return cls(**axes, dp=world_size // model_size)
+
+    @property
+    def world_size(self) -> int:
+        return self.stage_size * self.pp
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.tp * self.cp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Copies of every expert."""
+        return self.stage_size // (self.ep * self.etp)
+
+    def coords(self, rank: int) -> RankCoords:
+        """Position of a global rank. Raises ValueError outside 0..world_size-1."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside 0..{self.world_size - 1}, the ranks of {self}")
+        pp, place = divmod(rank, self.stage_size)
+        rest, tp = divmod(place, self.tp)
+        dp, cp = divmod(rest, self.cp)
+        rest, etp = divmod(place, self.etp)
+        edp, ep = divmod(rest, self.ep)
+        return RankCoords(tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=etp, edp=edp)
+
+    def validate_model(self, hf_config: Any) -> None:
+        """Check that the model of a HF config can be cut this way. Raises ValueError listing every mistake with its fix."""
+        experts = getattr(hf_config, "num_experts", None) or 0
+        heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+        mistakes = [
+            _indivisible("tp", self.tp, "num_attention_heads", heads),
+            _indivisible("tp", self.tp, "num_key_value_heads", groups),
+            _indivisible("pp*vpp", self.pp * self.vpp, "num_hidden_layers", hf_config.num_hidden_layers),
+            _indivisible("tp", self.tp, "intermediate_size", hf_config.intermediate_size),
+        ]
+        if experts:
+            mistakes += [
+                _indivisible("ep", self.ep, "num_experts", experts),
+                _indivisible("etp", self.etp, "moe_intermediate_size", hf_config.moe_intermediate_size),
+            ]
+        elif self.ep * self.etp > 1:
+            mistakes.append(
+                f"parallel.ep={self.ep}, parallel.etp={self.etp} shard experts, but {hf_config.model_type} is a dense "
+                "model; set parallel.ep=1 parallel.etp=1"
+            )
+        if mistakes := [mistake for mistake in mistakes if mistake]:
+            raise ValueError("the model does not fit the parallel layout:\n" + "\n".join(f"  - {line}" for line in mistakes))
+
+    def table(self) -> str:
+        """All ranks, one line each, under one line of sizes; for --dry-run."""
+        columns = ("rank", "pp", "dp", "cp", "tp", "edp", "ep", "etp")
+        sizes = ("of", self.pp, self.dp, self.cp, self.tp, self.edp, self.ep, self.etp)
+        coords = [(rank, self.coords(rank)) for rank in range(self.world_size)]
+        rows = [columns, sizes, *((rank, *(getattr(c, name) for name in columns[1:])) for rank, c in coords)]
+        lines = ["".join(f"{value!s:>6}" for value in row) for row in rows]
+        return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
+
+
+def _indivisible(axis: str, size: int, field: str, count: int) -> str | None:
+    if count % size == 0:
+        return None
+    names = " or ".join(f"parallel.{name}" for name in axis.split("*"))
+    return f"parallel.{axis}={size} must divide the model's {field}={count}; lower {names}: {axis} can be {_divisors(count)}"
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0)
