@@ -1,0 +1,286 @@
+"""Layer submodules that need neither TransformerEngine nor apex: norm, core attention, grouped expert linears.
+
+They run on CPU and GPU, and carry the parameter names of their TransformerEngine counterparts, so that checkpoints and
+weight tables are the same for both.
+
+Letters for shapes: s sequence, b batch, t packed tokens, h query heads, g key/value heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron
+
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.utils import divide
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, whose weight gradient Megatron sums over tensor ranks under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+@dataclass(frozen=True)
+class SegmentsByLength:
+    """Packed segments regrouped so that all of one length form one dense batch: exact, and without padding.
+
+    Example: segments of 2, 3, 2 tokens give `order` [0 1 5 6 2 3 4] and `shapes` ((2, 2), (1, 3)).
+    """
+
+    shapes: tuple[tuple[int, int], ...]  # (number of segments, their length)
+    order: Tensor | None  # [t], the packed token at each regrouped place; None where nothing moves
+    restore: Tensor | None  # [t], its inverse
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor) -> SegmentsByLength:
+        """cu_seqlens [S+1]: bounds of the segments; empty ones are skipped."""
+        bounds = cu_seqlens.tolist()
+        starts: dict[int, list[int]] = {}
+        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+            if high > low:
+                starts.setdefault(high - low, []).append(low)
+        shapes = tuple((len(of_length), length) for length, of_length in starts.items())
+        if len(shapes) == 1:
+            return cls(shapes, None, None)
+        order = torch.cat([(torch.tensor(low)[:, None] + torch.arange(n)).flatten() for n, low in starts.items()])
+        return cls(shapes, order.to(cu_seqlens.device), torch.argsort(order).to(cu_seqlens.device))
+
+
+class SdpaAttention(MegatronModule):
+    """Core attention on torch's scaled_dot_product_attention: causal, dense [s, b] batches or packed segments.
+
+    Under context parallelism each rank holds chunks r and 2*cp-1-r of the sequence (Megatron's zig-zag), gathers all
+    keys and values and masks; its memory grows with s^2 / cp.
+
+    Raises:
+        ValueError: an attention mask or bias, or packed segments under context parallelism.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert config.attention_dropout == 0 and not attention_dropout, "SdpaAttention has no dropout"
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h*d]; packed: [t, h, d], [t, g, d] -> [t, h*d]."""
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("SdpaAttention is causal only; pass attention_mask=None and lay padded sequences out packed")
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
+        if self.cp_group is not None:
+            return self._context_parallel(query, key, value)
+        return self._dense(query, key, value)
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]
+        out = F.scaled_dot_product_attention(
+            *heads_first,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        if self.cp_group is not None:
+            raise ValueError(
+                f"packed sequences under context parallelism (cp={self.cp_group.size()}) need TransformerEngine's attention; "
+                "set parallel.cp=1 or model.spec=transformer_engine"
+            )
+        segments = getattr(params, "segments_by_length", None)
+        if segments is None:
+            # Kept on the batch's own object: all layers and the recomputation see the same segments.
+            segments = params.segments_by_length = SegmentsByLength.from_cu_seqlens(params.cu_seqlens_q)
+        if segments.order is not None:
+            query, key, value = (x.index_select(0, segments.order) for x in (query, key, value))
+        sizes = [count * length for count, length in segments.shapes]
+        outs = []
+        for (count, length), *qkv in zip(segments.shapes, *(x.split(sizes) for x in (query, key, value)), strict=True):
+            # [count*length, h, d] -> [length, count, h, d]
+            out = self._dense(*(x.unflatten(0, (count, length)).transpose(0, 1) for x in qkv))
+            outs.append(out.transpose(0, 1).flatten(0, 1))
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if segments.restore is None else out.index_select(0, segments.restore)
+
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        size, rank, chunk = self.cp_group.size(), self.cp_group.rank(), query.shape[0] // 2
+        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+        positions = torch.arange(2 * size * chunk, device=query.device).view(2 * size, chunk)
+        of_rank = [torch.cat([positions[r], positions[2 * size - 1 - r]]) for r in range(size)]
+        return self._dense(query, key, value, mask=of_rank[rank][:, None] >= torch.cat(of_rank)[None])
+
+
+class _GroupedLinear(MegatronModule):
+    """One weight an expert, `weight0` .. `weight{N-1}`, as TransformerEngine's GroupedLinear: Megatron's TEGroupedMLP,
+    which is plain Python itself, works with either."""
+
+    partition_dim: ClassVar[int]  # of the weight [out, in], over expert-tensor ranks
+
+    def __init__(
+        self,
+        num_gemms: int,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+        tp_comm_buffer_name: str | None = None,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config)
+        assert is_expert and not bias, "grouped linears are for experts without bias"
+        self.num_gemms, self.groups = num_gemms, pg_collection
+        shape = [output_size, input_size]
+        shape[self.partition_dim] = divide(shape[self.partition_dim], pg_collection.expt_tp.size())
+        gated = self.partition_dim == 0 and config.gated_linear_unit
+        for i in range(num_gemms):
+            weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=2 if gated else 1)
+            if config.perform_initialization:
+                init_method(weight)
+            # Also with one expert rank: Megatron then builds the same pair of optimizers (dense, expert) for every
+            # layout, and a checkpoint can be loaded under another one.
+            weight.allreduce = False
+            self.register_parameter(f"weight{i}", weight)
+
+    def forward(self, x: Tensor, m_splits: Sequence[int]) -> tuple[Tensor, None]:
+        """x [t, in], its rows sorted by expert, m_splits rows each -> ([t, out], no bias)."""
+        weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        parts = zip(x.split(list(m_splits)), weights, strict=True)
+        # An expert without tokens takes part: its weight gets a zero gradient, which the gradient buckets wait for.
+        return torch.cat([F.linear(part, weight) for part, weight in parts]), None
+
+    def backward_dw(self) -> None:
+        """Weight gradients are never delayed here."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The keys that TEGroupedLinear and SequentialMLP write, experts as an axis of their own."""
+        assert metadata and "dp_cp_group" in metadata, "TEGroupedMLP passes the groups in metadata"
+        ep, etp = self.groups.ep, self.groups.expt_tp
+        shards: ShardedStateDict = {}
+        for i in range(self.num_gemms):
+            expert = ep.rank() * self.num_gemms + i
+            if metadata.get("singleton_local_shards", False):
+                offsets, key_prefix = sharded_offsets, f"{expert}.{prefix}"
+            else:
+                axis = (len(sharded_offsets), expert, ep.size() * self.num_gemms)
+                offsets, key_prefix = (*sharded_offsets, axis), prefix
+            shard = make_sharded_tensors_for_checkpoint(
+                {f"{i}.weight": getattr(self, f"weight{i}")},
+                "",
+                {f"{i}.weight": self.partition_dim},
+                offsets,
+                tp_group=etp,
+                dp_cp_group=metadata["dp_cp_group"],
+            )
+            replace_prefix_for_sharding(shard, f"{i}.", key_prefix)
+            tensor = shard[f"{i}.weight"]
+            tensor.replica_id = (*tensor.replica_id[:2], self.groups.expt_dp.rank())
+            shards[f"{prefix}weight{i}"] = tensor
+        return shards
+
+
+class GroupedColumnLinear(_GroupedLinear):
+    """Experts' first linear: output features split over expert-tensor ranks."""
+
+    partition_dim = 0
+
+
+class GroupedRowLinear(_GroupedLinear):
+    """Experts' second linear: input features split over expert-tensor ranks."""
+
+    partition_dim = 1
+
+
+def local_layer_spec(config: TransformerConfig, moe: bool) -> ModuleSpec:
+    """One decoder layer without TransformerEngine."""
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = MLPSubmodules(linear_fc1=GroupedColumnLinear, linear_fc2=GroupedRowLinear)
+    if moe:
+        mlp = ModuleSpec(MoELayer, submodules=MoESubmodules(experts=ModuleSpec(TEGroupedMLP, submodules=experts)))
+    else:
+        mlp = ModuleSpec(MLP, submodules=linears)
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    # TransformerEngine fuses these norms into the linear that follows; checkpoints keep its names.
+    fused_norms = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if not moe:
+        fused_norms["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=SdpaAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=fused_norms,
+        ),
+    )
