@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,16 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     _check_lengths(config, hf_config, task)
     if config.rollout.placement == "in_process" and world > 1:
         raise ValueError(f"rollout.placement='in_process' needs one trainer rank, got {world}; use 'child' or 'auto'")
+    return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Raise ValueError where a new run would overwrite an old one."""
     if (config.run_dir / "metrics.jsonl").exists() and not config.resume:
         raise ValueError(
-            f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, choose another name=..., or remove it"
+            f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, "
+            "choose another name=..., or remove it"
         )
-    return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
 
 
 def _check_lengths(config: RunConfig, hf_config: PretrainedConfig, task: Task) -> None:
@@ -116,7 +121,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
         start = (load_checkpoint(config.run_dir / "checkpoints", training) if config.resume else None) or Progress()
         exporter = WeightExporter(chunks, plan.hf_config, groups)
-        engine = on_rank_0_only(groups, lambda: _open_engine(plan))
+        engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
         if engine is not None:
             stack.callback(engine.close)
         transfer = connect(engine, exporter, config.weight_sync, groups)
@@ -154,6 +159,11 @@ def rollout_sampling(config: RunConfig) -> SamplingParams:
     )
 
 
+def evaluation_sampling(config: RunConfig) -> SamplingParams:
+    """How held-out prompts are answered: once, at the evaluation temperature."""
+    return replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
+
+
 def _load_policy(plan: Plan, groups: Groups) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
     load_hf(plan.config.model.path, megatron_shards(chunks, plan.hf_config, groups))
@@ -170,7 +180,8 @@ def _policy(plan: Plan, groups: Groups, chunks) -> Policy:
     )
 
 
-def _open_engine(plan: Plan) -> RolloutEngine:
+def open_plan_engine(plan: Plan) -> RolloutEngine:
+    """The rollout engine that the configuration asks for."""
     config = plan.config
     return open_engine(
         config.rollout,

@@ -20,8 +20,17 @@ from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.model.forward import forward_backward, forward_only
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
 from mcore_rl.report import write_report
-from mcore_rl.rollout.collect import collect, score
-from mcore_rl.run import Run, make_plan, on_rank_0_only, open_run, rollout_sampling, world_size
+from mcore_rl.rollout.collect import collect, evaluate as evaluate_policy
+from mcore_rl.run import (
+    Run,
+    check_run_folder,
+    evaluation_sampling,
+    make_plan,
+    on_rank_0_only,
+    open_run,
+    rollout_sampling,
+    world_size,
+)
 from mcore_rl.types import PackedBatch, SamplingParams
 from mcore_rl.weights.hf_io import save_hf
 
@@ -31,6 +40,7 @@ MiniBatches = list[list[PackedBatch]]
 
 def train(config: RunConfig) -> Path:
     """Run a configuration to its end and return the run's folder. Called on every rank."""
+    check_run_folder(config)
     with open_run(make_plan(config, world_size())) as run:
         rl = run.plan.algorithm.needs_rollouts
         done = run.start
@@ -225,20 +235,16 @@ def sync_weights(run: Run, version: int) -> Metrics:
 
 
 def evaluate(run: Run) -> Metrics:
-    """Accuracy on held-out prompts: the share of responses that earn a reward of at least 1."""
-    config = run.plan.config
-    prompts = run.plan.task.eval_prompts(config.evaluate.prompts)
-    params = replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
+    """Accuracy on held-out prompts, with one response each."""
+    config, plan = run.plan.config, run.plan
+    params = evaluation_sampling(config)
 
-    def on_engine() -> list[float]:
-        groups = run.engine.generate(prompts, params, seed=config.seed)
-        return [t.reward for g in groups for t in score(g, run.plan.reward).trajectories]
+    def on_engine() -> Metrics:
+        return evaluate_policy(
+            run.engine, plan.task, plan.reward, params, num_prompts=config.evaluate.prompts, seed=config.seed
+        )
 
-    rewards = on_rank_0(run.groups, on_engine)
-    return {
-        "eval/accuracy": sum(r >= 1 for r in rewards) / len(rewards),
-        "eval/reward_mean": sum(rewards) / len(rewards),
-    }
+    return on_rank_0(run.groups, on_engine)
 
 
 def checkpoint(run: Run, done: Progress) -> None:

@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mcore_rl.functional.advantage import group_advantages
 from mcore_rl.functional.policy import KL_ESTIMATORS, kl_estimate, masked_log_ratio
 from mcore_rl.functional.reduce import AGGREGATIONS
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, RolloutGroup, Trajectory
@@ -86,6 +87,26 @@ class Algorithm:
         sums["policy/entropy"] = out.entropy.detach().sum()
         sums["num_tokens"] = mask.sum().to(per_token.dtype)
         return LossOutput(loss=(batch.weights * torch.where(mask, per_token, 0.0)).sum(), metrics=sums)
+
+
+@dataclass(frozen=True)
+class GroupAlgorithm(Algorithm):
+    """Base of the critic-free methods: a response's advantage is its reward against the others of its prompt.
+
+    Attributes:
+        normalise_std: divide by the group's standard deviation (False: Dr.GRPO).
+        ddof: 0 population standard deviation, 1 Bessel's.
+        advantage_eps: added to the standard deviation.
+    """
+
+    normalise_std: bool = True
+    ddof: int = 0
+    advantage_eps: float = 1e-6
+
+    def advantages(self, group: RolloutGroup) -> Tensor:
+        return group_advantages(
+            group.rewards, normalise_std=self.normalise_std, ddof=self.ddof, eps=self.advantage_eps
+        )
 
 
 def _blank_masked(batch: PackedBatch, out: PolicyOutput) -> tuple[PackedBatch, PolicyOutput]:

@@ -43,3 +43,21 @@ def kl_estimate(log_ratio: Tensor, estimator: str) -> Tensor:
     if estimator == "k3":
         return torch.expm1(-log_ratio) + log_ratio
     raise ValueError(f"kl_estimator={estimator!r}: allowed are {', '.join(KL_ESTIMATORS)}")
+
+
+def sequence_mean(x: Tensor, mask: Tensor, segment_ids: Tensor) -> Tensor:
+    """Mean of x over the masked-in tokens of each segment, given back to each of its tokens.
+
+    Args:
+        x: [T], 0 where `mask` is False.
+        mask: [T] bool.
+        segment_ids: [T] int64, a segment lies whole in this batch.
+
+    Returns:
+        [T]; 0 for a segment without tokens.
+    """
+    segments = int(segment_ids[-1]) + 1 if segment_ids.numel() else 0
+    zeros = x.new_zeros(segments)
+    total = zeros.index_add(0, segment_ids, x)
+    count = zeros.index_add(0, segment_ids, mask.to(x.dtype))
+    return (total / count.clamp(min=1))[segment_ids]

@@ -32,11 +32,11 @@ def sequence_weights(lengths: Tensor, aggregation: str, *, max_length: int | Non
     if aggregation == "constant" and not max_length:
         raise ValueError("aggregation='constant' divides by the longest response allowed; give max_length > 0")
     n = lengths.double()
-    count = (n > 0).sum().clamp(min=1)
+    count = (n > 0).sum().clamp(min=1).double()
     weight = {
         "token_mean": lambda: 1 / n.sum().clamp(min=1),
         "sequence_mean": lambda: 1 / (count * n.clamp(min=1)),
-        "sequence_sum": lambda: 1 / count.double(),
+        "sequence_sum": lambda: 1 / count,
         "constant": lambda: 1 / (count * float(max_length or 1)),
     }[aggregation]()
     return torch.where(n > 0, weight, 0.0)

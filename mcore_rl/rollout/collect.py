@@ -68,6 +68,18 @@ def collect(
     )
 
 
+def evaluate(
+    engine: RolloutEngine, task: Task, reward: Reward, params: SamplingParams, *, num_prompts: int, seed: int
+) -> dict[str, float]:
+    """Answer held-out prompts. Accuracy is the share of responses whose reward is at least 1."""
+    groups = engine.generate(task.eval_prompts(num_prompts), params, seed=seed)
+    rewards = [t.reward for g in groups for t in score(g, reward).trajectories]
+    return {
+        "eval/accuracy": sum(r >= 1 for r in rewards) / len(rewards),
+        "eval/reward_mean": sum(rewards) / len(rewards),
+    }
+
+
 def score(group: RolloutGroup, reward: Reward) -> RolloutGroup:
     """The group with the reward of every trajectory filled in."""
     return replace(

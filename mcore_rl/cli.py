@@ -1,0 +1,121 @@
+"""mcore-rl: train, generate, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from mcore_rl.config import ParallelConfig, dump_config, load_config
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example examples/demo/grpo.yaml")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="key.sub=value ...")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="trainer ranks on this machine, started through torchrun")] = 1,
+    dry_run: Annotated[bool, typer.Option(help="print the resolved config and the layout, start nothing")] = False,
+) -> None:
+    """Train a policy as CONFIG says. More than one node: torchrun -m mcore_rl.train CONFIG ... (see docs)."""
+    from mcore_rl.run import check_run_folder, make_plan
+
+    plan = make_plan(load_config(config, overrides or ()), nproc_per_node)
+    if dry_run:
+        print(dump_config(plan.config))
+        print(plan.layout.table())
+        return
+    check_run_folder(plan.config)
+    if nproc_per_node == 1:
+        from mcore_rl.train import train as run
+
+        run(plan.config)
+        return
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}", "-m", "mcore_rl.train"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, "-m", *torchrun, str(config), *(overrides or ())])
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="HF folder, for example runs/NAME/hf")],
+    prompts: Annotated[list[str], typer.Argument(help="texts to continue")],
+    n: Annotated[int, typer.Option(min=1, help="responses a prompt")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Sample responses from a HF folder with vLLM; one JSON object a response."""
+    from transformers import AutoTokenizer
+
+    from mcore_rl.config import RolloutConfig, WeightSyncConfig
+    from mcore_rl.model.build import read_hf_config
+    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.types import Prompt, SamplingParams
+
+    read_hf_config(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    asked = [Prompt(f"argument/{i}", tuple(tokenizer.encode(text)), text) for i, text in enumerate(prompts)]
+    engine = open_engine(
+        RolloutConfig(max_response_tokens=max_tokens),
+        WeightSyncConfig(),
+        model_path=str(model),
+        model_dtype=dtype,
+        max_prompt_tokens=max(len(p.token_ids) for p in asked),
+        world_size=1,
+        seed=seed,
+    )
+    params = SamplingParams(n=n, temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    with closing(engine):
+        for group in engine.generate(asked, params, seed=seed):
+            for t in group.trajectories:
+                row = {"prompt": group.prompt.text, "response": t.text, "finish_reason": t.finish_reason}
+                print(json.dumps({**row, "logprob": sum(t.rollout_logprobs)}, ensure_ascii=False))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[Optional[Path], typer.Option(help="HF folder; default: the final policy of CONFIG's run")] = None,
+) -> None:
+    """Score a HF folder on CONFIG's held-out prompts; one JSON object."""
+    from mcore_rl.rollout.collect import evaluate as evaluate_policy
+    from mcore_rl.run import evaluation_sampling, make_plan, open_plan_engine
+
+    asked = load_config(config, overrides or ())
+    path = str(model or asked.run_dir / "hf")
+    # the trainer's layout plays no part here: one engine answers
+    plan = make_plan(
+        asked.model_copy(update={"model": asked.model.model_copy(update={"path": path}), "parallel": ParallelConfig()}), 1
+    )
+    with closing(open_plan_engine(plan)) as engine:
+        result = evaluate_policy(
+            engine,
+            plan.task,
+            plan.reward,
+            evaluation_sampling(asked),
+            num_prompts=asked.evaluate.prompts,
+            seed=asked.seed,
+        )
+    print(json.dumps({"model": path, **result}))
+
+
+def main() -> None:
+    """Entry point of the console script; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
