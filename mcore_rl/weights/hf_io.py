@@ -1,0 +1,301 @@
+"""HF folders: streaming safetensors in both directions.
+
+Reading maps the files into memory and copies only the boxes a rank asks for. Writing knows every name and shape
+beforehand, so headers are written first and each tensor goes to its place as it arrives: one tensor in memory.
+File format: 8 bytes little-endian header length, JSON header, raw row-major data
+(https://huggingface.co/docs/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mcore_rl.weights.plan import plan
+from mcore_rl.weights.shards import Shard, TensorSpec, hf_shapes, whole_shard
+
+INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # config, tokenizer, templates, model code
+
+
+def hf_files(path: str | Path) -> dict[str, Path]:
+    """Tensor name -> safetensors file, from the index or the single file of an HF folder.
+
+    Raises:
+        ValueError: missing folder, no safetensors in it, an unreadable or truncated file, a corrupt index, or an index
+            that names a file that is not there.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"model folder {str(folder)!r} does not exist; pass a folder with config.json and safetensors")
+    if (folder / INDEX).is_file():
+        return _read_index(folder)
+    single = folder / _SINGLE
+    if not single.is_file():
+        raise ValueError(f"model folder {str(folder)!r} has neither {_SINGLE} nor {INDEX}; only safetensors are read")
+    with ExitStack() as stack:
+        return dict.fromkeys(_open(single, stack).keys(), single)
+
+
+def check_hf(path: str | Path, expected: Mapping[str, TensorSpec]) -> None:
+    """Compare the names and shapes of a folder with those of a model (`hf_shapes`), reading headers only.
+
+    Raises:
+        ValueError: as `hf_files`; or tensors are missing, unknown, or of another shape; names them.
+    """
+    files = hf_files(path)
+    _check_names(path, expected, files)
+    unknown = [n for n in files if n not in expected and not _is_redundant(n)]
+    if unknown:
+        raise ValueError(
+            f"model folder {str(path)!r} has tensors the model does not: {_some(unknown)}; they would be dropped. "
+            "Does config.json belong to these weights?"
+        )
+    with ExitStack() as stack:
+        opened = {file: _open(file, stack) for file in set(files.values())}
+        for name, spec in expected.items():
+            shape = tuple(opened[files[name]].get_slice(name).get_shape())
+            if shape != spec.shape:
+                raise ValueError(
+                    f"tensor {name!r} in {str(files[name])!r} has shape {shape}, the model needs {spec.shape}"
+                )
+
+
+@torch.no_grad()
+def load_hf(path: str | Path, shards: Sequence[Shard]) -> None:
+    """Fill the live views from an HF folder, casting to their dtype; only the pages of their boxes are read.
+
+    Raises:
+        ValueError: as `hf_files`; or a tensor is missing, has another shape, is not in its file, or is not a
+            float32, float64, bfloat16 or float16 tensor; names the tensor, what was found and what is needed.
+    """
+    files = hf_files(path)
+    by_file: defaultdict[Path, list[Shard]] = defaultdict(list)
+    _check_names(path, {s.hf_name: None for s in shards}, files)
+    for shard in shards:
+        by_file[files[shard.hf_name]].append(shard)
+    for file, wanted in by_file.items():
+        with ExitStack() as stack:
+            opened = _open(file, stack)
+            sources = [_map_tensor(opened, file, shard) for shard in {s.hf_name: s for s in wanted}.values()]
+            plan(sources, wanted).execute_local()
+
+
+def save_hf(
+    out_dir: str | Path,
+    hf_config: Any,
+    source_dir: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> Path:
+    """Write a complete HF folder that transformers and vLLM load, or nothing.
+
+    The folder is written as `<out_dir>.partial` and renamed when it is complete and on disk. A model folder that is
+    already at `out_dir` is replaced.
+
+    Args:
+        source_dir: HF folder whose config, tokenizer, generation config and templates are copied.
+        tensors: (name, full tensor) of every name in `hf_shapes(hf_config)`, in any order, each once.
+        dtype: of the tensors on disk; None: of the first tensor.
+        max_shard_bytes: a larger model is split into several files with an index.
+
+    Raises:
+        ValueError: `out_dir` exists and is not a model folder; a tensor is unknown, missing, written twice or of another
+            shape; the disk is full (names path, needed and free bytes).
+    """
+    out, source = Path(out_dir), Path(source_dir)
+    if not (source / "config.json").is_file():
+        raise ValueError(f"source folder {str(source)!r} has no config.json to copy")
+    if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} exists and is not a model folder, so it is not replaced; choose another path")
+    specs = hf_shapes(hf_config)
+    if dtype is None:
+        first = next(iterator := iter(tensors))
+        dtype, tensors = first[1].dtype, chain([first], iterator)
+    needed = sum(_nbytes(spec, dtype) for spec in specs.values())
+    partial = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < needed:
+            raise ValueError(
+                f"disk full: {str(out)!r} needs {needed} bytes and {free} are free; free space or choose another path"
+            )
+        _write_weights(partial, specs, tensors, dtype, max_shard_bytes)
+        _copy_rest(source, partial, dtype)
+        _swap(partial, out)
+    except OSError as error:
+        free = shutil.disk_usage(next(p for p in out.resolve().parents if p.is_dir())).free
+        raise ValueError(
+            f"cannot write {str(out)!r}: {error.strerror or error} (the weights need {needed} bytes, {free} are free)"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+@dataclass
+class _Slot:
+    """Where a tensor's bytes go."""
+
+    file: BinaryIO
+    offset: int
+    spec: TensorSpec
+
+
+def _write_weights(
+    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int
+) -> None:
+    with ExitStack() as stack:
+        slots = _lay_out(folder, specs, dtype, limit, stack)
+        files = {id(slot.file): slot.file for slot in slots.values()}
+        for name, tensor in tensors:
+            slot = slots.pop(name, None)
+            if slot is None:
+                raise ValueError(f"tensor {name!r} is {'written twice' if name in specs else 'not part of the model'}")
+            if tuple(tensor.shape) != slot.spec.shape:
+                raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the model needs {slot.spec.shape}")
+            data = tensor.detach().to("cpu", dtype).contiguous()
+            slot.file.seek(slot.offset)
+            slot.file.write(data.view(-1).view(torch.uint8).numpy())
+        if slots:
+            raise ValueError(f"tensors were not written: {_some(list(slots))}")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _lay_out(
+    folder: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype, limit: int, stack: ExitStack
+) -> dict[str, _Slot]:
+    """Deal the tensors out to files, write the headers and the index; the data follows."""
+    bins: list[dict[str, TensorSpec]] = [{}]
+    used = 0
+    for name, spec in specs.items():
+        size = _nbytes(spec, dtype)
+        if bins[-1] and used + size > limit:
+            bins.append({})
+            used = 0
+        bins[-1][name] = spec
+        used += size
+    names = (
+        [_SINGLE] if len(bins) == 1 else [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
+    )
+    slots = {}
+    for file_name, members in zip(names, bins, strict=True):
+        file = stack.enter_context((folder / file_name).open("wb"))
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, spec in members.items():
+            end = offset + _nbytes(spec, dtype)
+            header[name] = {"dtype": _DTYPES[dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data starts on an 8-byte boundary
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, spec in members.items():
+            slots[name] = _Slot(file, 8 + len(text) + header[name]["data_offsets"][0], spec)
+    if len(bins) > 1:
+        total = sum(_nbytes(spec, dtype) for spec in specs.values())
+        weight_map = {name: file_name for file_name, members in zip(names, bins, strict=True) for name in members}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return slots
+
+
+def _copy_rest(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Everything beside the weights; config.json names the dtype that was written."""
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Put the complete folder at its name; an old one is moved away first and removed last."""
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _map_tensor(opened: Any, file: Path, shard: Shard) -> Shard:
+    """The whole tensor as a memory-mapped shard."""
+    try:
+        tensor = opened.get_tensor(shard.hf_name)
+    except SafetensorError as error:
+        raise ValueError(
+            f"the index names {shard.hf_name!r} in {str(file)!r}, but the file does not hold it"
+        ) from error
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"tensor {shard.hf_name!r} in {str(file)!r} is {tensor.dtype}, which a cast would corrupt; "
+            f"allowed: {', '.join(str(d) for d in _DTYPES)}"
+        )
+    try:
+        return whole_shard(shard, tensor)
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r}: {error}") from None
+
+
+def _open(file: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(file, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
+
+
+def _read_index(folder: Path) -> dict[str, Path]:
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text())["weight_map"]
+        files = {str(name): folder / file for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"index {str(path)!r} is corrupt: {type(error).__name__}: {error}") from error
+    absent = sorted({file.name for file in files.values() if not file.is_file()})
+    if absent:
+        raise ValueError(f"index {str(path)!r} names files that do not exist: {_some(absent)}")
+    return files
+
+
+def _check_names(path: str | Path, needed: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise ValueError(
+            f"model folder {str(path)!r} lacks tensors the model needs: {_some(missing)}. "
+            "Does config.json (layers, experts, tie_word_embeddings) belong to these weights?"
+        )
+
+
+def _is_redundant(name: str) -> bool:
+    """Tensors some writers add and every reader ignores: rotary tables, the second name of a tied embedding."""
+    return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
+
+
+def _nbytes(spec: TensorSpec, dtype: torch.dtype) -> int:
+    return torch.Size(spec.shape).numel() * dtype.itemsize
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

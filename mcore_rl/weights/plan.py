@@ -1,0 +1,127 @@
+"""Which box goes from which rank to which: the intersection of two lists of regions. Pure; nothing is sent here."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from mcore_rl.weights.families import Box, volume
+from mcore_rl.weights.shards import Region, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One rectangular copy: `dst.view[dst_index] <- src.view[src_index]`, elements of `box` of the HF tensor."""
+
+    src: Region
+    dst: Region
+    box: Box
+
+    @property
+    def src_index(self) -> tuple[slice, ...]:
+        return _within(self.box, self.src.box)
+
+    @property
+    def dst_index(self) -> tuple[slice, ...]:
+        return _within(self.box, self.dst.box)
+
+    @property
+    def numel(self) -> int:
+        return volume(self.box)
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """Copies that write every element of the destination exactly once.
+
+    Example:
+        >>> whole = dict(hf_name="w", factors=((4,),))
+        >>> left = Region(**whole, box=((0, 2),), rank=0)
+        >>> right = Region(**whole, box=((2, 4),), rank=1)
+        >>> plan([left, right], [Region(**whole, box=((0, 4),), rank=0)], itemsize=4).peers
+        {(0, 0): 8, (1, 0): 8}
+    """
+
+    copies: tuple[Copy, ...]
+    itemsize: int  # bytes an element
+
+    @property
+    def bytes(self) -> int:
+        return self.itemsize * sum(copy.numel for copy in self.copies)
+
+    @property
+    def peers(self) -> dict[tuple[int, int], int]:
+        """(source rank, destination rank) -> bytes, in rank order."""
+        totals: Counter[tuple[int, int]] = Counter()
+        for copy in self.copies:
+            totals[copy.src.rank, copy.dst.rank] += copy.numel * self.itemsize
+        return dict(sorted(totals.items()))
+
+    @torch.no_grad()
+    def execute_local(self) -> None:
+        """Copy, where every source and destination is a `Shard` in this process."""
+        for copy in self.copies:
+            assert isinstance(copy.src, Shard) and isinstance(copy.dst, Shard), "a region without memory"
+            copy.dst.view[copy.dst_index].copy_(copy.src.view[copy.src_index])
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.copies)} copies, {self.bytes:,} bytes"]
+        lines += [f"  rank {src} -> rank {dst}: {size:,} bytes" for (src, dst), size in self.peers.items()]
+        return "\n".join(lines)
+
+
+def plan(src: Iterable[Region], dst: Sequence[Region], itemsize: int | None = None) -> WeightPlan:
+    """Intersect the two sides; the same input gives the same plan on every rank.
+
+    A destination takes its whole box from its own rank where that rank holds it, replica or not, and from the
+    owners (non-replicas) otherwise.
+
+    Args:
+        itemsize: bytes an element on the wire; None: of the first destination's view.
+
+    Raises:
+        ValueError: an element of `dst` has no source or several, or the sides factor a tensor differently; names it.
+    """
+    sources: defaultdict[str, list[Region]] = defaultdict(list)
+    for region in src:
+        sources[region.hf_name].append(region)
+    copies = tuple(copy for region in dst for copy in _cover(region, sources[region.hf_name]))
+    if itemsize is None:
+        itemsize = dst[0].view.element_size() if dst else 0
+    return WeightPlan(copies, itemsize)
+
+
+def _cover(dst: Region, candidates: Sequence[Region]) -> list[Copy]:
+    for region in candidates:
+        if region.factors != dst.factors:
+            raise ValueError(
+                f"tensor {dst.hf_name!r} is {region.factors} on rank {region.rank} and {dst.factors} on rank {dst.rank}"
+            )
+    local = next((r for r in candidates if r.rank == dst.rank and _intersect(r.box, dst.box) == dst.box), None)
+    chosen = [local] if local else [r for r in candidates if not r.replica]
+    copies = [Copy(r, dst, box) for r in chosen if volume(box := _intersect(r.box, dst.box))]
+    for a, b in combinations(copies, 2):
+        if volume(_intersect(a.box, b.box)):
+            raise ValueError(
+                f"tensor {dst.hf_name!r} is written twice: ranks {a.src.rank} and {b.src.rank} both own part of "
+                f"{a.box} and {b.box}"
+            )
+    found, needed = sum(copy.numel for copy in copies), volume(dst.box)
+    if found != needed:
+        raise ValueError(
+            f"tensor {dst.hf_name!r}: {needed - found} of {needed} elements needed by rank {dst.rank} have no source"
+        )
+    return copies
+
+
+def _intersect(a: Box, b: Box) -> Box:
+    """The common box; a side without overlap is (x, x)."""
+    return tuple((low := max(x[0], y[0]), max(low, min(x[1], y[1]))) for x, y in zip(a, b, strict=True))
+
+
+def _within(box: Box, outer: Box) -> tuple[slice, ...]:
+    return tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(box, outer, strict=True))

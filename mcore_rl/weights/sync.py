@@ -1,0 +1,189 @@
+"""The trainer's weights as full HF tensors: written into shared memory by every rank, or gathered on rank 0.
+
+What goes where is planned once; a step only copies. The views into the parameters are taken again when Megatron has
+moved them (wrapping in DistributedDataParallel, loading into new storage).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mcore_rl.parallel.collectives import on_rank_0
+from mcore_rl.parallel.groups import Groups
+from mcore_rl.weights.hf_io import save_hf
+from mcore_rl.weights.plan import Copy, plan
+from mcore_rl.weights.shards import Shard, hf_regions, megatron_shards, owned_boxes
+
+_BUCKET_BYTES = 128 * 2**20
+
+
+class WeightExporter:
+    """Full HF tensors of a model that is spread over ranks. Built and used on every rank.
+
+    Args:
+        chunks: this rank's model chunks, bare or wrapped.
+        dtype: of what is exported; None: of the parameters.
+        bucket_bytes: tensors of about this size in all are sent together; rank 0 holds one bucket at a time.
+
+    Raises:
+        ValueError: the model and its weight table do not match, or the layout leaves a tensor uncovered; names it.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        hf_config: Any,
+        groups: Groups,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = _BUCKET_BYTES,
+    ) -> None:
+        self.hf_config, self.groups = hf_config, groups
+        self._chunks = list(chunks)
+        self._params = [p for chunk in chunks for p in chunk.parameters()]
+        self.dtype = dtype or self._params[0].dtype
+        self._regions = {r.hf_name: r for r in hf_regions(hf_config)}
+        copies = plan(owned_boxes(hf_config, groups.layout), list(self._regions.values()), self.dtype.itemsize).copies
+        self._buckets = _buckets(copies, bucket_bytes // self.dtype.itemsize)
+        self._refresh()
+
+    def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name on disk, dtype, shape) of the whole model, in the order of iteration; the same on every rank."""
+        return [(name, self.dtype, region.shape) for name, region in self._regions.items()]
+
+    @torch.no_grad()
+    def write_into(self, views: Mapping[str, Tensor]) -> None:
+        """Copy what this rank owns into full tensors; after all ranks have done so every element has been written once.
+
+        Args:
+            views: name -> contiguous full tensor, for instance of memory that every rank has mapped. Another dtype casts.
+        """
+        moved = self._refresh()
+        targets = [view.data_ptr() for view in views.values()]
+        if moved or targets != self._targets:
+            owned = [shard for shard in self._shards.values() if not shard.replica]
+            self._pairs = [(_cut_out(views[shard.hf_name], shard), shard.view) for shard in owned]
+            self._targets = targets
+        for target, source in self._pairs:
+            target.copy_(source)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
+        """(name, full tensor) on rank 0, (name, None) elsewhere, in `metadata` order; every rank must iterate to the end.
+
+        A tensor that rank 0 holds whole is a view of the live parameter: use it before the next optimizer step.
+        """
+        self._refresh()
+        for bucket in self._buckets:
+            yield from self._gather(bucket) if self.groups.rank == 0 else self._send(bucket)
+
+    @torch.no_grad()
+    def _send(self, bucket: dict[str, list[Copy]]) -> Iterator[tuple[str, None]]:
+        mine = [c for copies in bucket.values() for c in copies if c.src.rank == self.groups.rank]
+        if mine:
+            message = self._message(sum(c.numel for c in mine))
+            for part, copy in zip(_parts(message, mine), mine, strict=True):
+                part.copy_(self._source(copy))
+            dist.send(message, 0)
+        for name in bucket:
+            yield name, None
+
+    @torch.no_grad()
+    def _gather(self, bucket: dict[str, list[Copy]]) -> Iterator[tuple[str, Tensor]]:
+        by_rank: defaultdict[int, list[Copy]] = defaultdict(list)
+        for copies in bucket.values():
+            for copy in copies:
+                by_rank[copy.src.rank].append(copy)
+        pieces = {id(copy): self._source(copy) for copy in by_rank.pop(0, [])}
+        messages = {rank: self._message(sum(c.numel for c in copies)) for rank, copies in sorted(by_rank.items())}
+        for request in [dist.irecv(message, rank) for rank, message in messages.items()]:
+            request.wait()
+        for rank, message in messages.items():
+            pieces |= {id(c): part for c, part in zip(by_rank[rank], _parts(message, by_rank[rank]), strict=True)}
+        for name, copies in bucket.items():
+            yield name, self._assemble(name, [(copy, pieces[id(copy)]) for copy in copies])
+
+    def _assemble(self, name: str, pieces: list[tuple[Copy, Tensor]]) -> Tensor:
+        region = self._regions[name]
+        (_, first), *others = pieces
+        if not others and first.is_contiguous():
+            return first.view(region.shape).to(self.dtype)
+        full = self._message(sum(piece.numel() for _, piece in pieces)).view(region.factored_shape)
+        for copy, piece in pieces:
+            full[copy.dst_index].copy_(piece)
+        return full.view(region.shape)
+
+    def _source(self, copy: Copy) -> Tensor:
+        return self._shards[copy.src.hf_name, copy.src.box].view
+
+    def _message(self, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=self.dtype, device=self.groups.device)
+
+    def _refresh(self) -> bool:
+        """Take the views again if any parameter has moved."""
+        pointers = [p.data_ptr() for p in self._params]
+        if pointers == getattr(self, "_pointers", None):
+            return False
+        shards = megatron_shards(self._chunks, self.hf_config, self.groups)
+        self._shards: dict[Any, Shard] = {}
+        for shard in sorted(shards, key=lambda s: s.replica):  # a tied copy must not stand in for its owner
+            self._shards.setdefault((shard.hf_name, shard.box), shard)
+        self._pointers, self._targets = pointers, None
+        return True
+
+
+def export_hf(
+    exporter: WeightExporter, out_dir: str | Path, source_dir: str | Path, dtype: torch.dtype | None = None
+) -> Path:
+    """Write the model as an HF folder from rank 0; collective. `dtype` None: the exporter's.
+
+    Raises:
+        ValueError: as `save_hf`, on every rank.
+    """
+    tensors = iter(exporter)
+    if exporter.groups.rank != 0:
+        for _ in tensors:
+            pass
+
+    def write() -> Path:
+        try:
+            return save_hf(out_dir, exporter.hf_config, source_dir, tensors, dtype)
+        finally:
+            for _ in tensors:  # after a failure the other ranks are still sending
+                pass
+
+    return on_rank_0(exporter.groups, write)
+
+
+def _buckets(copies: Sequence[Copy], limit: int) -> list[dict[str, list[Copy]]]:
+    """Copies by tensor, in consecutive buckets of at most `limit` elements (or one tensor)."""
+    tensors: defaultdict[str, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        tensors[copy.dst.hf_name].append(copy)
+    buckets: list[dict[str, list[Copy]]] = [{}]
+    used = 0
+    for name, parts in tensors.items():
+        size = sum(part.numel for part in parts)
+        if buckets[-1] and used + size > limit:
+            buckets.append({})
+            used = 0
+        buckets[-1][name] = parts
+        used += size
+    return buckets
+
+
+def _parts(message: Tensor, copies: Sequence[Copy]) -> Iterator[Tensor]:
+    """The consecutive boxes of a message."""
+    pieces = message.split([copy.numel for copy in copies])
+    return (piece.view([high - low for low, high in copy.box]) for piece, copy in zip(pieces, copies, strict=True))
+
+
+def _cut_out(full: Tensor, shard: Shard) -> Tensor:
+    if tuple(full.shape) != shard.shape:
+        raise ValueError(f"the target of {shard.hf_name!r} has shape {tuple(full.shape)}, the model's is {shard.shape}")
+    return full.view(shard.factored_shape)[tuple(slice(low, high) for low, high in shard.box)]
