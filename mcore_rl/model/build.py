@@ -10,6 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
@@ -18,14 +24,6 @@ from mcore_rl.model.layers import RMSNorm, local_layer_spec
 from mcore_rl.parallel.device import has_transformer_engine
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
-
-from megatron.core.models.gpt import GPTModel  # isort: skip
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 
 class PolicyModel(GPTModel):
@@ -45,21 +43,19 @@ class PolicyModel(GPTModel):
             attention_mask: None, always: attention is causal.
             packed_seq_params: `thd` segment bounds.
         Returns:
-            Last chunk: [s, b, h] after the final norm, the whole sequence (context parallel: this rank's part) on every
-            tensor rank. Gradients that tensor ranks send back into it are summed: each rank sends the part of its own
-            vocabulary shard. Other chunks: what the next chunk takes, [s/tp, b, h].
+            [s, b, h], under sequence parallelism this rank's [s/tp, b, h]. Of the last chunk: after the final norm,
+            ready for `output_weight`; of others: what the next chunk takes.
         """
         return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not self.post_process or not self.config.sequence_parallel:
-            return hidden_states
-        return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+        return hidden_states
 
     def output_weight(self) -> Tensor:
         """[V/tp, h] output matrix of the last chunk, this rank's rows of the padded vocabulary."""
         assert self.post_process, "only the last pipeline chunk has an output matrix"
-        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -71,7 +67,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         what = "has no config.json" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"model.path={str(path)!r} {what}; pass a Hugging Face folder with config.json and safetensors")
+        raise ValueError(f"model.path={str(path)!r} {what}; pass a Hugging Face folder (config.json, safetensors)")
     try:
         architectures = json.loads(file.read_text()).get("architectures") or []
         if _family(architectures) is None:
@@ -85,7 +81,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
     """Megatron's configuration of this model under this layout.
 
     Raises:
-        ValueError: an unsupported architecture or feature (never ignored silently), or a layout that does not divide it.
+        ValueError: an unsupported architecture or feature (none is ignored), or a layout that does not divide it.
     """
     family = _family(hf_config.architectures or [])
     if family is None:
@@ -122,7 +118,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
     )
     with warnings.catch_warnings():
         # Asked for by model.recompute=selective; Megatron wonders whether it is useful with TransformerEngine.
-        warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer implementation")
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer impl")
         return TransformerConfig(**settings)
 
 
@@ -164,12 +160,13 @@ def padded_vocab_size(hf_config: PretrainedConfig, layout: ParallelLayout) -> in
 
 
 def _qwen3(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
+    rope = hf.rope_parameters
     _refuse(
         hf,
-        rope_scaling=hf.rope_parameters.get("rope_type", "default") != "default",
-        partial_rotary_factor=hf.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0,
-        sliding_window=bool(getattr(hf, "use_sliding_window", False)) and getattr(hf, "sliding_window", None) is not None,
-        layer_types=set(getattr(hf, "layer_types", None) or ()) - {"full_attention"} != set(),
+        rope_parameters=rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0,
+        # Without a window HF sets sliding_window to None.
+        sliding_window=hf.sliding_window is not None,
+        layer_types=not set(getattr(hf, "layer_types", None) or ()) <= {"full_attention"},
         attention_bias=hf.attention_bias,
         hidden_act=hf.hidden_act != "silu",
     )
@@ -189,7 +186,8 @@ def _qwen3(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _qwen3_moe(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
-    _refuse(hf, num_experts_per_tok_of_1_with_norm_topk_prob=hf.num_experts_per_tok == 1 and hf.norm_topk_prob)
+    # The probability of a single, renormalised expert is the constant 1: its router would never learn.
+    _refuse(hf, num_experts_per_tok=hf.num_experts_per_tok == 1 and hf.norm_topk_prob)
     sparse = [
         int(layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0)
         for layer in range(hf.num_hidden_layers)
@@ -220,10 +218,10 @@ def _family(architectures: list[str]) -> Callable[[PretrainedConfig, ModelConfig
 
 
 def _refuse(hf: PretrainedConfig, **unsupported: bool) -> None:
-    """Raise ValueError naming the features of this checkpoint that would be computed wrongly."""
+    """Raise ValueError naming the settings of this checkpoint that would be computed wrongly."""
     if found := [name for name, present in unsupported.items() if present]:
-        values = ", ".join(f"{name}={getattr(hf, name)!r}" if hasattr(hf, name) else name for name in found)
-        raise ValueError(f"{hf.architectures} with {values} is not supported (rope_parameters={hf.rope_parameters}); use a checkpoint without")
+        settings = ", ".join(f"{name}={getattr(hf, name)!r}" for name in found)
+        raise ValueError(f"{hf.model_type} with {settings} in config.json is not supported; use a checkpoint without")
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:
@@ -236,7 +234,10 @@ def _recompute(model: ModelConfig) -> dict[str, Any]:
 
 def _use_transformer_engine(model: ModelConfig) -> bool:
     if model.spec == "transformer_engine" and not has_transformer_engine():
-        raise ValueError("model.spec=transformer_engine needs TransformerEngine and CUDA; install transformer-engine or set model.spec=auto")
+        raise ValueError(
+            "model.spec=transformer_engine needs CUDA and TransformerEngine, and one of them is missing; install "
+            "transformer-engine or set model.spec=auto"
+        )
     return model.spec != "local" and has_transformer_engine()
 
 

@@ -14,11 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron
-
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict  # isort: skip
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -41,6 +37,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
+from torch import Tensor
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -115,7 +112,9 @@ class SdpaAttention(MegatronModule):
     ) -> Tensor:
         """query [s, b, h, d], key and value [s, b, g, d] -> [s, b, h*d]; packed: [t, h, d], [t, g, d] -> [t, h*d]."""
         if attention_mask is not None or attention_bias is not None:
-            raise ValueError("SdpaAttention is causal only; pass attention_mask=None and lay padded sequences out packed")
+            raise ValueError(
+                "SdpaAttention is causal only; pass attention_mask=None, and padded batches as packed ones"
+            )
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         if self.cp_group is not None:
@@ -136,8 +135,8 @@ class SdpaAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         if self.cp_group is not None:
             raise ValueError(
-                f"packed sequences under context parallelism (cp={self.cp_group.size()}) need TransformerEngine's attention; "
-                "set parallel.cp=1 or model.spec=transformer_engine"
+                f"packed sequences under context parallelism (cp={self.cp_group.size()}) need TransformerEngine's "
+                "attention; set parallel.cp=1 or model.spec=transformer_engine"
             )
         segments = getattr(params, "segments_by_length", None)
         if segments is None:
@@ -187,10 +186,10 @@ class _GroupedLinear(MegatronModule):
         self.num_gemms, self.groups = num_gemms, pg_collection
         shape = [output_size, input_size]
         shape[self.partition_dim] = divide(shape[self.partition_dim], pg_collection.expt_tp.size())
-        gated = self.partition_dim == 0 and config.gated_linear_unit
+        stride = 2 if self.partition_dim == 0 and config.gated_linear_unit else 1  # gate and up are cut separately
         for i in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
-            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=2 if gated else 1)
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=stride)
             if config.perform_initialization:
                 init_method(weight)
             # Also with one expert rank: Megatron then builds the same pair of optimizers (dense, expert) for every

@@ -1,7 +1,7 @@
 """Megatron-Core on a host without CUDA, by the same code path as on a GPU.
 
-Megatron names CUDA in its source (`torch.cuda.current_device()`, `device="cuda"`, `x.cuda()`). On a host without CUDA an
-import hook compiles `megatron.*` from a rewritten syntax tree, so that those names mean the CPU: torch itself stays
+Megatron names CUDA in its source (`torch.cuda.current_device()`, `device="cuda"`, `x.cuda()`). On a host without CUDA
+an import hook compiles `megatron.*` from a rewritten syntax tree, so that those names mean the CPU: torch itself stays
 untouched, other libraries of the process see a plain torch, and nothing is paid at run time. The few places where the
 logic, not a name, needs CUDA or a missing package are functions in `megatron_patches`. With CUDA and TransformerEngine
 `install()` does nothing.
@@ -45,12 +45,12 @@ def from_torch_cuda(node: ast.AST) -> ast.AST:
 
 
 def cuda_device(node: ast.AST) -> ast.AST:
-    """`"cuda"` -> `"cpu"`, as a device, an autocast type, a mesh. schedules.py:596, optimizer.py:473, clip_grads.py:90."""
+    """`"cuda"` -> `"cpu"`, as a device or an autocast type. schedules.py:596, optimizer.py:473, clip_grads.py:90."""
     return ast.Constant("cpu") if isinstance(node, ast.Constant) and node.value == "cuda" else node
 
 
 def tensor_type(node: ast.AST) -> ast.AST:
-    """`"torch.cuda.FloatTensor"` -> `"torch.FloatTensor"`. optimizer.py:671, distrib_optimizer.py:361, clip_grads.py:167."""
+    """`"torch.cuda.FloatTensor"` -> `"torch.FloatTensor"`. optimizer.py:671, distrib_optimizer.py:361."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in _TENSOR_TYPES:
         return ast.Constant(node.value.replace(".cuda", ""))
     return node
@@ -100,13 +100,8 @@ def install(skip: Sequence[str] = ()) -> bool:
             "host's CPU; import mcore_rl.parallel before anything that imports megatron"
         )
     rules = REWRITE_RULES if cpu else ()
-    sys.meta_path.insert(
-        0,
-        _Finder(
-            [rule for rule in rules if rule.__name__ not in skip],
-            [patch for patch in patches if patch.__name__ not in skip],
-        ),
-    )
+    rules, patches = ([f for f in functions if f.__name__ not in skip] for functions in (rules, patches))
+    sys.meta_path.insert(0, _Finder(rules, patches))
     return cpu
 
 

@@ -15,12 +15,19 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from mcore_rl.parallel.layout import ParallelLayout, RankCoords
 
-_COLLECTIVE_FAILURES = ("timed out", "timeout", "connection closed by peer", "connection reset", "connection refused", "broken pipe")
+_COLLECTIVE_FAILURES = (
+    "timed out",
+    "timeout",
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place and its process groups; `model` spans tp x pp, `dp_cp` the ranks that hold the same dense weights."""
+    """This rank's place and its process groups: `model` is tp x pp, `dp_cp` the ranks with the same dense weights."""
 
     rank: int
     world_size: int
@@ -66,8 +73,8 @@ def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != layout.world_size:
         raise ValueError(
-            f"the layout needs {layout.world_size} ranks, but {started} {'was' if started == 1 else 'were'} started; use "
-            f"torchrun --nproc-per-node {layout.world_size}"
+            f"the layout needs {layout.world_size} ranks, but the number of started ranks is {started}; use torchrun "
+            f"--nproc-per-node {layout.world_size}"
         )
     device = _local_device()
     with explain_timeouts(timeout_s):
@@ -109,9 +116,9 @@ def explain_timeouts(timeout_s: float) -> Iterator[None]:
         if not any(sign in str(error).lower() for sign in _COLLECTIVE_FAILURES):
             raise
         raise RuntimeError(
-            f"rank {os.environ.get('RANK', 0)} lost another rank in a collective (limit {timeout_s:g} s). Look for the first "
-            "error in the other ranks' output: usually one of them failed or was killed. If all are alive and only slow, "
-            f"raise parallel.timeout_s. Cause: {error}"
+            f"rank {os.environ.get('RANK', 0)} lost another rank in a collective (limit {timeout_s:g} s). Look for the "
+            "first error in the other ranks' output: usually one of them failed or was killed. If all are alive and "
+            f"only slow, raise parallel.timeout_s. Cause: {error}"
         ) from error
 
 

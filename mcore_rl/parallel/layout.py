@@ -1,7 +1,7 @@
 """How ranks are laid out over tensor, context, expert, data and pipeline parallelism: integers only.
 
-Megatron's order is tp-cp-ep-dp-pp, fastest first. Dense layers see the ranks of one pipeline stage as a grid dp x cp x tp,
-expert layers see the same ranks as edp x ep x etp:
+Megatron's order is tp-cp-ep-dp-pp, fastest first. Dense layers see the ranks of one pipeline stage as a grid
+dp x cp x tp, expert layers see the same ranks as edp x ep x etp:
 
     rank = ((pp * DP  + dp)  * CP + cp) * TP  + tp
          = ((pp * EDP + edp) * EP + ep) * ETP + etp
@@ -56,11 +56,12 @@ class ParallelLayout:
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"parallel.{name}={size!r} must be a whole number of at least 1")
         if self.vpp > 1 and self.pp == 1:
-            raise ValueError(f"parallel.vpp={self.vpp} splits pipeline stages, but there is one; set parallel.pp>1 or parallel.vpp=1")
+            raise ValueError(f"parallel.vpp={self.vpp} needs pipeline stages; set parallel.pp>1 or parallel.vpp=1")
         if self.stage_size % (self.ep * self.etp):
             raise ValueError(
-                f"parallel.ep*etp={self.ep}*{self.etp} must divide tp*cp*dp={self.tp}*{self.cp}*{self.dp}={self.stage_size}, the "
-                f"ranks of one pipeline stage; choose ep*etp from {_divisors(self.stage_size)} or start more ranks"
+                f"parallel.ep*etp={self.ep}*{self.etp} must divide the ranks of one pipeline stage, tp*cp*dp="
+                f"{self.tp}*{self.cp}*{self.dp}={self.stage_size}; choose ep*etp from {_divisors(self.stage_size)} "
+                "or start more ranks"
             )
 
     @classmethod
@@ -69,8 +70,9 @@ class ParallelLayout:
         model_size = parallel.tp * parallel.pp * parallel.cp
         if world_size % model_size:
             raise ValueError(
-                f"{world_size} ranks cannot hold parallel.tp*pp*cp={parallel.tp}*{parallel.pp}*{parallel.cp}={model_size}; start a "
-                f"multiple of {model_size} ranks (torchrun --nproc-per-node {model_size}) or lower tp, pp or cp"
+                f"{world_size} ranks cannot hold parallel.tp*pp*cp={parallel.tp}*{parallel.pp}*{parallel.cp}="
+                f"{model_size}; start a multiple of {model_size} ranks (torchrun --nproc-per-node {model_size}) or lower "
+                "tp, pp or cp"
             )
         axes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
         return cls(**axes, dp=world_size // model_size)
@@ -101,7 +103,7 @@ class ParallelLayout:
         return RankCoords(tp=tp, cp=cp, dp=dp, pp=pp, ep=ep, etp=etp, edp=edp)
 
     def validate_model(self, hf_config: Any) -> None:
-        """Check that the model of a HF config can be cut this way. Raises ValueError listing every mistake with its fix."""
+        """Check that the model of a HF config can be cut this way. Raises ValueError listing every mistake and fix."""
         experts = getattr(hf_config, "num_experts", None) or 0
         heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
         mistakes = [
@@ -120,8 +122,8 @@ class ParallelLayout:
                 f"parallel.ep={self.ep}, parallel.etp={self.etp} shard experts, but {hf_config.model_type} is a dense "
                 "model; set parallel.ep=1 parallel.etp=1"
             )
-        if mistakes := [mistake for mistake in mistakes if mistake]:
-            raise ValueError("the model does not fit the parallel layout:\n" + "\n".join(f"  - {line}" for line in mistakes))
+        if lines := [f"  - {mistake}" for mistake in mistakes if mistake]:
+            raise ValueError("the model does not fit the parallel layout:\n" + "\n".join(lines))
 
     def table(self) -> str:
         """All ranks, one line each, under one line of sizes; for --dry-run."""
@@ -136,8 +138,7 @@ class ParallelLayout:
 def _indivisible(axis: str, size: int, field: str, count: int) -> str | None:
     if count % size == 0:
         return None
-    names = " or ".join(f"parallel.{name}" for name in axis.split("*"))
-    return f"parallel.{axis}={size} must divide the model's {field}={count}; lower {names}: {axis} can be {_divisors(count)}"
+    return f"parallel.{axis}={size} must divide the model's {field}={count}; {axis} can be {_divisors(count)}"
 
 
 def _divisors(number: int) -> str:
