@@ -1,0 +1,299 @@
+"""Where prompts come from: `digit_sort`, any reasoning-gym task, or the user's files.
+
+A task is a pure function of (seed, index): a run resumes with nothing but the integer of its next prompt, and
+every rank can ask for the same prompt. Prompts of the evaluation set are never prompts of the training set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import random
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from mcore_rl.config import DataConfig
+from mcore_rl.data.prompts import Example, encode, encode_response, load_examples, render
+from mcore_rl.types import Prompt
+
+TRAIN, EVAL = "train", "eval"
+DRAWS = 256  # tries at a prompt, as long as it is in the wrong split or too long
+GYM_PROMPT_TOKENS = 1024  # longer questions are drawn again, unless data.max_prompt_tokens says otherwise
+T = TypeVar("T")
+
+
+class Task:
+    """A source of prompts.
+
+    Attributes:
+        name: as in `data.task`.
+        reward_default: reward spec that fits the task, what `reward: auto` stands for.
+        max_prompt_tokens: longest prompt the task can return.
+    """
+
+    name: str
+    reward_default: str = "exact_match"
+    max_prompt_tokens: int
+
+    def train_prompt(self, index: int) -> Prompt:
+        """Training prompt number `index` (from 0, without end)."""
+        raise NotImplementedError
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        """The first `n` held-out prompts; fewer where the task has no more."""
+        raise NotImplementedError
+
+    def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(prompt token ids, reference response token ids with the end token) of training example `index`.
+
+        Raises:
+            ValueError: the task has no reference responses.
+        """
+        raise ValueError(f"task {self.name!r} has no reference responses for SFT; use digit_sort or a file that has")
+
+    def extract_answer(self, response: str) -> str | None:
+        """The part of a response that is compared with the answer; None if there is none."""
+        return response.strip()
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        """The task's own scorer.
+
+        Raises:
+            ValueError: the task has none.
+        """
+        raise ValueError(
+            f"task {self.name!r} has no scorer of its own; "
+            "use reward=exact_match, math_verify, regex:PATTERN or module:function"
+        )
+
+
+def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: int | None = None) -> Task:
+    """The task that `data.task` names.
+
+    Args:
+        tokenizer: of the policy (transformers interface).
+        seed: the run's; training and evaluation prompts are functions of it.
+        max_model_tokens: tokens the model has room for in a prompt, a second bound beside `data.max_prompt_tokens`.
+
+    Raises:
+        ValueError: unknown task or parameter (names the nearest), a file's mistakes with their line, prompts that do
+            not fit the model.
+    """
+    limit = min((n for n in (data.max_prompt_tokens, max_model_tokens) if n is not None), default=None)
+    if data.task == "digit_sort":
+        return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n"}, data.task))
+    if data.task == "file":
+        return FileTask(data, tokenizer, seed, limit, **_checked(data.params, {"response_key"}, data.task))
+    if data.task.startswith("reasoning_gym/"):
+        return ReasoningGym(data, tokenizer, seed, limit)
+    known = ["digit_sort", "file", *(f"reasoning_gym/{name}" for name in _gym_names())]
+    raise ValueError(
+        f"data.task={data.task!r} is unknown; {_nearest(data.task, known)} "
+        "allowed are digit_sort, file and reasoning_gym/NAME"
+    )
+
+
+class DigitSort(Task):
+    """Sort `n` digits: prompt `6104=`, response `#0146`.
+
+    A digit string belongs to the evaluation set if its checksum says so, whatever the seed: a policy warmed up with
+    one seed has seen no evaluation prompt of a run with another.
+    """
+
+    name = "digit_sort"
+
+    def __init__(self, tokenizer: Any, seed: int, limit: int | None, n: int = 16):
+        if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= 512:
+            raise ValueError(f"data.params.n={n!r}: must be a whole number of digits between 2 and 512")
+        self.tokenizer, self.seed, self.n = tokenizer, seed, n
+        self.max_prompt_tokens = n + 1 + tokenizer.num_special_tokens_to_add()  # at most one token a character
+        if limit is not None and self.max_prompt_tokens > limit:
+            raise ValueError(
+                f"digit_sort prompts of n={n} digits take up to {self.max_prompt_tokens} tokens, the limit is {limit}; "
+                "lower data.params.n or raise data.max_prompt_tokens"
+            )
+
+    def train_prompt(self, index: int) -> Prompt:
+        return self._prompt(TRAIN, index)
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        return [self._prompt(EVAL, index) for index in range(n)]
+
+    def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        prompt = self.train_prompt(index)
+        return prompt.token_ids, encode_response(self.tokenizer, f"#{prompt.answer}")
+
+    def extract_answer(self, response: str) -> str | None:
+        return response.rpartition("#")[2].strip() if "#" in response else None
+
+    def _prompt(self, split: str, index: int) -> Prompt:
+        rng = random.Random(f"digit_sort/{self.n}/{self.seed}/{split}/{index}")
+        drawn = ("".join(rng.choices("0123456789", k=self.n)) for _ in range(DRAWS))
+        digits = _first((d for d in drawn if _split_of(d, one_in=8) == split), f"{self.name} {split} prompt {index}")
+        text = digits + "="
+        answer = "".join(sorted(digits))
+        return Prompt(f"digit_sort/{split}/{index}", encode(self.tokenizer, text, special=True), text, answer)
+
+
+class ReasoningGym(Task):
+    """A procedural task of the reasoning-gym library with its scorer; a chat where the tokenizer has a chat template.
+
+    `data.params` are the fields of the task's own configuration. A question belongs to the evaluation set if its
+    checksum says so. The answer is what stands in the last <answer> tag, or the whole response if there is no tag.
+    """
+
+    reward_default = "reasoning_gym"
+    # these draw from sets of strings, whose order changes with every interpreter (measured on version 0.1.25)
+    hash_dependent = (
+        "isomorphic_strings", "knight_swap", "list_functions",
+        "polynomial_multiplication", "ransom_note", "word_ladder",
+    )  # fmt: skip
+    block = 256  # items a generator is made for: some tasks prepare all of their `size` items at once
+
+    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, limit: int | None):
+        self.name = data.task
+        self.gym_name = data.task.removeprefix("reasoning_gym/")
+        if self.gym_name not in _gym_names():
+            near = _nearest(self.gym_name, _gym_names())
+            raise ValueError(f"data.task={data.task!r} is not one of reasoning-gym's {len(_gym_names())} tasks; {near}")
+        if self.gym_name in self.hash_dependent and os.environ.get("PYTHONHASHSEED", "random") == "random":
+            raise ValueError(
+                f"{data.task} draws from Python sets, so its prompts differ between processes unless the order of sets "
+                "is fixed; start the run with PYTHONHASHSEED=0 in its environment"
+            )
+        self.tokenizer, self.seed, self.system_prompt = tokenizer, seed, data.system_prompt
+        self.params = self._checked_params(data.params)
+        self.max_prompt_tokens = GYM_PROMPT_TOKENS if limit is None else limit
+        self.generator = functools.lru_cache(maxsize=8)(self._make_generator)  # held by this task, freed with it
+        self.scorer = self.generator(0)
+
+    def train_prompt(self, index: int) -> Prompt:
+        return self._prompt(TRAIN, index)
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        return [self._prompt(EVAL, index) for index in range(n)]
+
+    def score(self, prompt: Prompt, response: str) -> float:
+        from reasoning_gym.utils import extract_answer
+
+        tagged = extract_answer(response)
+        answer = response.strip() if tagged is None else tagged
+        try:
+            return float(self.scorer.score_answer(answer, prompt.metadata["entry"]))
+        except Exception:  # noqa: BLE001  several scorers raise on text that is no answer (prime_factorization: "abc")
+            return 0.0
+
+    def _prompt(self, split: str, index: int) -> Prompt:
+        drawn = (self._draw(split, index, draw) for draw in range(DRAWS))
+        what = f"{self.name} {split} prompt {index} of at most {self.max_prompt_tokens} tokens"
+        return _first((prompt for prompt in drawn if prompt is not None), what)
+
+    def _draw(self, split: str, index: int, draw: int) -> Prompt | None:
+        block, offset = divmod(index, self.block)
+        rng = random.Random(f"{self.name}/{self.seed}/{split}/{block}/{draw}")
+        entry = self.generator(rng.randrange(2**31))[offset]
+        if _split_of(entry["question"], one_in=4) != split:
+            return None
+        question = entry["question"]
+        content = [{"role": "user", "content": question}] if self.tokenizer.chat_template else question
+        text, token_ids = render(self.tokenizer, content, self.system_prompt)
+        if len(token_ids) > self.max_prompt_tokens:
+            return None
+        return Prompt(f"{self.name}/{split}/{index}", token_ids, text, entry["answer"], {"entry": entry})
+
+    def _make_generator(self, seed: int) -> Any:
+        import reasoning_gym
+
+        try:
+            return reasoning_gym.create_dataset(self.gym_name, seed=seed, size=self.block, **self.params)
+        except (AssertionError, TypeError, ValueError) as error:  # how the library refuses its parameters
+            raise ValueError(f"{self.name} refuses data.params={self.params}: {error}") from error
+
+    def _checked_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        from reasoning_gym.composite import DatasetSpec
+        from reasoning_gym.factory import DATASETS
+
+        fields = {field.name for field in dataclasses.fields(DATASETS[self.gym_name][1])} - {"seed", "size"}
+        params = _checked(params, fields, self.name)
+        if self.gym_name == "composite" and isinstance(params.get("datasets"), list):
+            params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}, **spec}) for spec in params["datasets"]]
+        return params
+
+
+class FileTask(Task):
+    """Prompts of `data.train_file`, shuffled anew every epoch, and of `data.eval_file` in the file's order."""
+
+    name = "file"
+
+    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, limit: int | None, response_key: str = "response"):
+        if data.train_file is None:
+            raise ValueError("data.task=file needs data.train_file, a .jsonl or .parquet file of prompts")
+        if data.eval_file is None:
+            raise ValueError("data.task=file needs data.eval_file, prompts in the same form that training never sees")
+        self.tokenizer, self.seed, self.response_key = tokenizer, seed, response_key
+        self.train = load_examples(data.train_file, data, tokenizer, response_key, limit)
+        self.held_out = load_examples(data.eval_file, data, tokenizer, response_key, limit)
+        self.max_prompt_tokens = max(len(example.prompt.token_ids) for example in (*self.train, *self.held_out))
+        self.order = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def train_prompt(self, index: int) -> Prompt:
+        return self._example(index).prompt
+
+    def eval_prompts(self, n: int) -> list[Prompt]:
+        return [example.prompt for example in self.held_out[:n]]
+
+    def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        example = self._example(index)
+        if example.response is None:
+            raise ValueError(
+                f"{example.prompt.id} has no reference response for SFT; add the key {self.response_key!r} (or name it "
+                "with data.params.response_key), or end its messages with the assistant's"
+            )
+        return example.prompt.token_ids, encode_response(self.tokenizer, example.response)
+
+    def _example(self, index: int) -> Example:
+        epoch, position = divmod(index, len(self.train))
+        return self.train[self.order(epoch)[position]]
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        order = list(range(len(self.train)))
+        random.Random(f"file/{self.seed}/{epoch}").shuffle(order)
+        return order
+
+
+def _split_of(text: str, one_in: int) -> str:
+    """The split a prompt belongs to, by its text alone; one prompt in `one_in` is held out."""
+    return EVAL if zlib.crc32(text.encode()) % one_in == 0 else TRAIN
+
+
+def _first(accepted: Iterator[T], what: str) -> T:
+    for item in accepted:
+        return item
+    raise ValueError(
+        f"no {what} was found in {DRAWS} draws: raise data.max_prompt_tokens, or choose data.params with more "
+        "different prompts, so that some can be held out for the evaluation"
+    )
+
+
+def _checked(params: dict[str, Any], allowed: Iterable[str], task: str) -> dict[str, Any]:
+    allowed = sorted(allowed)
+    for key in params:
+        if key not in allowed:
+            raise ValueError(
+                f"data.params.{key} is unknown to task {task!r}; {_nearest(key, allowed)} allowed: {', '.join(allowed)}"
+            )
+    return dict(params)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else "nothing known is near;"
+
+
+def _gym_names() -> list[str]:
+    import reasoning_gym.factory  # takes a second; the other tasks do without
+
+    return sorted(reasoning_gym.factory.DATASETS)
