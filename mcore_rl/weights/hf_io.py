@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mcore_rl.weights.plan import plan
-from mcore_rl.weights.shards import Shard, TensorSpec, hf_shapes, whole_shard
+from mcore_rl.weights.shards import Region, Shard, TensorSpec, hf_regions, hf_shapes, whole_shard
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -51,15 +51,16 @@ def hf_files(path: str | Path) -> dict[str, Path]:
         return dict.fromkeys(_open(single, stack).keys(), single)
 
 
-def check_hf(path: str | Path, expected: Mapping[str, TensorSpec]) -> None:
-    """Compare the names and shapes of a folder with those of a model (`hf_shapes`), reading headers only.
+def check_hf(path: str | Path, hf_config: Any) -> None:
+    """Compare the tensors of a folder with those of a model: names, shapes and kinds, reading headers only.
 
     Raises:
-        ValueError: as `hf_files`; or tensors are missing, unknown, or of another shape; names them.
+        ValueError: as `load_hf`; or the folder holds a tensor that the model does not.
     """
+    regions = {region.hf_name: region for region in hf_regions(hf_config)}
     files = hf_files(path)
-    _check_names(path, expected, files)
-    unknown = [n for n in files if n not in expected and not _is_redundant(n)]
+    _check_names(path, regions, files)
+    unknown = [name for name in files if name not in regions and not _is_redundant(name)]
     if unknown:
         raise ValueError(
             f"model folder {str(path)!r} has tensors the model does not: {_some(unknown)}; they would be dropped. "
@@ -67,12 +68,8 @@ def check_hf(path: str | Path, expected: Mapping[str, TensorSpec]) -> None:
         )
     with ExitStack() as stack:
         opened = {file: _open(file, stack) for file in set(files.values())}
-        for name, spec in expected.items():
-            shape = tuple(opened[files[name]].get_slice(name).get_shape())
-            if shape != spec.shape:
-                raise ValueError(
-                    f"tensor {name!r} in {str(files[name])!r} has shape {shape}, the model needs {spec.shape}"
-                )
+        for name, region in regions.items():
+            _map_tensor(opened[files[name]], files[name], region)
 
 
 @torch.no_grad()
@@ -115,8 +112,8 @@ def save_hf(
         max_shard_bytes: a larger model is split into several files with an index.
 
     Raises:
-        ValueError: `out_dir` exists and is not a model folder; a tensor is unknown, missing, written twice or of another
-            shape; the disk is full (names path, needed and free bytes).
+        ValueError: `out_dir` exists and is not a model folder; a tensor is unknown, missing, written twice or of
+            another shape; the disk is full (names path, needed and free bytes).
     """
     out, source = Path(out_dir), Path(source_dir)
     if not (source / "config.json").is_file():
@@ -194,9 +191,9 @@ def _lay_out(
             used = 0
         bins[-1][name] = spec
         used += size
-    names = (
-        [_SINGLE] if len(bins) == 1 else [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
-    )
+    names = [f"model-{i + 1:05d}-of-{len(bins):05d}.safetensors" for i in range(len(bins))]
+    if len(bins) == 1:
+        names = [_SINGLE]
     slots = {}
     for file_name, members in zip(names, bins, strict=True):
         file = stack.enter_context((folder / file_name).open("wb"))
@@ -240,21 +237,21 @@ def _swap(partial: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _map_tensor(opened: Any, file: Path, shard: Shard) -> Shard:
+def _map_tensor(opened: Any, file: Path, region: Region) -> Shard:
     """The whole tensor as a memory-mapped shard."""
     try:
-        tensor = opened.get_tensor(shard.hf_name)
+        tensor = opened.get_tensor(region.hf_name)
     except SafetensorError as error:
         raise ValueError(
-            f"the index names {shard.hf_name!r} in {str(file)!r}, but the file does not hold it"
+            f"the index names {region.hf_name!r} in {str(file)!r}, but the file does not hold it"
         ) from error
     if tensor.dtype not in _DTYPES:
         raise ValueError(
-            f"tensor {shard.hf_name!r} in {str(file)!r} is {tensor.dtype}, which a cast would corrupt; "
+            f"tensor {region.hf_name!r} in {str(file)!r} is {tensor.dtype}, which a cast would corrupt; "
             f"allowed: {', '.join(str(d) for d in _DTYPES)}"
         )
     try:
-        return whole_shard(shard, tensor)
+        return whole_shard(region, tensor)
     except ValueError as error:
         raise ValueError(f"{str(file)!r}: {error}") from None
 

@@ -62,7 +62,7 @@ class WeightExporter:
         """Copy what this rank owns into full tensors; after all ranks have done so every element has been written once.
 
         Args:
-            views: name -> contiguous full tensor, for instance of memory that every rank has mapped. Another dtype casts.
+            views: name -> contiguous full tensor of any dtype, for instance of memory that every rank has mapped.
         """
         moved = self._refresh()
         targets = [view.data_ptr() for view in views.values()]
@@ -74,7 +74,7 @@ class WeightExporter:
             target.copy_(source)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
-        """(name, full tensor) on rank 0, (name, None) elsewhere, in `metadata` order; every rank must iterate to the end.
+        """(name, full tensor) on rank 0, (name, None) elsewhere, in `metadata` order; all ranks must finish it.
 
         A tensor that rank 0 holds whole is a view of the live parameter: use it before the next optimizer step.
         """

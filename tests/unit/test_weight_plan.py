@@ -1,4 +1,4 @@
-"""The weight tables against Megatron parameters put together by hand, for many layouts, without any process or model."""
+"""The weight tables against Megatron parameters put together by hand, for many layouts, without processes."""
 
 from collections import Counter
 
