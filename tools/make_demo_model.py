@@ -20,8 +20,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-SIZES = {  # parameters -> hidden size, layers, heads, experts, experts a token, expert ffn size
-    "0.9m": dict(d=64, layers=4, heads=4, experts=16, top_k=2, ffn=64),
+SIZES = {  # parameters -> hidden size, layers, heads (of 32: the smallest vLLM has a CPU kernel for), experts, ...
+    "0.9m": dict(d=64, layers=4, heads=2, experts=16, top_k=2, ffn=64),
 }
 
 
@@ -54,7 +54,7 @@ def make_config(tokenizer, d: int, layers: int, heads: int, experts: int, top_k:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=d // heads,
+        head_dim=32,
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=ffn,
