@@ -130,7 +130,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     data: DataConfig = DataConfig()
-    reward: str | list[str] = "exact_match"  # names of rollout/rewards.py or module:function; several are added
+    reward: str | list[str] = "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -6,14 +6,13 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
 from mcore_rl import algorithms
 from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.config import RunConfig, dump_config
+from mcore_rl.config import RunConfig
 from mcore_rl.data.tasks import Task, build_task
 from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
@@ -81,8 +80,13 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     hf_config = read_hf_config(config.model.path)
     layout.validate_model(hf_config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    task = build_task(config.data, tokenizer, config.seed)
-    _check_lengths(config, hf_config, task)
+    room = hf_config.max_position_embeddings - config.rollout.max_response_tokens
+    if room < 1:
+        raise ValueError(
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt: the model has "
+            f"{hf_config.max_position_embeddings} positions; lower it"
+        )
+    task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
     if config.rollout.placement == "in_process" and world > 1:
         raise ValueError(f"rollout.placement='in_process' needs one trainer rank, got {world}; use 'child' or 'auto'")
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
@@ -94,16 +98,6 @@ def check_run_folder(config: RunConfig) -> None:
         raise ValueError(
             f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, "
             "choose another name=..., or remove it"
-        )
-
-
-def _check_lengths(config: RunConfig, hf_config: PretrainedConfig, task: Task) -> None:
-    needed = task.max_prompt_tokens + config.rollout.max_response_tokens
-    if needed > hf_config.max_position_embeddings:
-        raise ValueError(
-            f"the longest prompt ({task.max_prompt_tokens} tokens) and rollout.max_response_tokens={config.rollout.max_response_tokens} "
-            f"need {needed} positions, the model has {hf_config.max_position_embeddings}; lower max_response_tokens or "
-            "drop long prompts with data.max_prompt_tokens"
         )
 
 
@@ -188,14 +182,11 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
         config.weight_sync,
         model_path=config.model.path,
         model_dtype=config.model.dtype,
-        max_prompt_tokens=plan.task.max_prompt_tokens,
+        max_prompt_tokens=plan.task.max_prompt_tokens or plan.hf_config.max_position_embeddings - config.rollout.max_response_tokens,
         world_size=plan.layout.world_size,
         seed=config.seed,
     )
 
 
 def _open_log(plan: Plan, start: Progress) -> RunLog:
-    run_dir: Path = plan.config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(dump_config(plan.config))
-    return RunLog(run_dir, plan.config, resume_step=start.step if plan.config.resume else None)
+    return RunLog(plan.config.run_dir, plan.config, resume_step=start.step if plan.config.resume else None)

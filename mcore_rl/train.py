@@ -32,7 +32,7 @@ from mcore_rl.run import (
     world_size,
 )
 from mcore_rl.types import PackedBatch, SamplingParams
-from mcore_rl.weights.hf_io import save_hf
+from mcore_rl.weights.sync import export_hf
 
 Metrics = dict[str, float]
 MiniBatches = list[list[PackedBatch]]
@@ -71,7 +71,8 @@ def train(config: RunConfig) -> Path:
                     with timers("checkpoint"):
                         checkpoint(run, done)
                 metrics["train/tokens_per_s"] = metrics.pop("num_positions") / timers.seconds["update"]
-                log_step(run, done.step, {**metrics, **timers.metrics()})
+                metrics |= timers.metrics()
+                log_step(run, done.step, metrics)
                 display.update(done.step, metrics)
                 if stop:
                     break
@@ -137,7 +138,7 @@ def pack(run: Run, samples: list[Sample], step: int, mini_batches: int) -> MiniB
             for batch in pack_mini_batch(
                 [samples[i] for i in part],
                 run.plan.algorithm,
-                rank=layout.coords(run.groups.rank).dp,
+                rank=run.groups.coords.dp,
                 num_ranks=layout.dp,
                 budget=config.batch.micro_batch_tokens,
                 max_response=config.rollout.max_response_tokens,
@@ -263,19 +264,14 @@ def finish(run: Run) -> None:
     """Leave the final policy as a HF folder and the report."""
     config = run.plan.config
     if config.checkpoint.export_hf:
-        tensors = iter(run.exporter)
-        if run.groups.rank == 0:
-            save_hf(config.run_dir / "hf", run.plan.hf_config, config.model.path, tensors)
-        else:
-            for _ in tensors:
-                pass
+        export_hf(run.exporter, config.run_dir / "hf", config.model.path)
     if config.logging.report:
         on_rank_0_only(run.groups, lambda: write_report(config.run_dir))
 
 
 def reports(run: Run) -> bool:
     """Whether this rank's token sums count: one rank of every tensor-parallel group of the last pipeline stage."""
-    return run.groups.is_pipeline_last and run.groups.layout.coords(run.groups.rank).tp == 0
+    return run.groups.is_pipeline_last and run.groups.coords.tp == 0
 
 
 def step_seed(config: RunConfig, step: int) -> int:

@@ -12,18 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The objects of metrics.jsonl. Raises ValueError where there is none."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{str(path)!r} does not exist; give the folder of a run, such as runs/demo/grpo")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from mcore_rl.metrics import read_metrics
 
 
 def summary(run_dir: Path) -> dict[str, float | int | str]:
     """Start and end of one run, from its metrics.jsonl."""
-    rows = read_metrics(run_dir)
+    rows = read_metrics(run_dir / "metrics.jsonl")
     accuracy = [r["eval/accuracy"] for r in rows if "eval/accuracy" in r]
     reward = [r["reward/mean"] for r in rows if "reward/mean" in r]
     diffs = [r["weight_sync/logprob_max_diff"] for r in rows if "weight_sync/logprob_max_diff" in r]

@@ -11,10 +11,7 @@ import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 from torch.nn import Module
@@ -104,6 +101,7 @@ def _forward_step(policy: Policy, reduce: Callable, batches: Iterator[PackedBatc
 
 def _policy_output(policy: Policy, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
     """Log-probs of the positions that carry a loss; 0 everywhere else."""
+    # both sum the gradients that the tensor ranks' vocabulary shares send back
     if get_model_config(chunk).sequence_parallel:
         hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
     else:
