@@ -105,7 +105,7 @@ def _import_function(spec: str, module: str, name: str) -> Reward:
         sys.path.insert(0, os.getcwd())
     try:
         namespace = vars(importlib.import_module(module))
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise ValueError(
             f"reward {spec!r}: module {module!r} cannot be imported: {error}; "
             f"put it into the working folder {os.getcwd()!r} or on PYTHONPATH"
