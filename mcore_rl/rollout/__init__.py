@@ -1,0 +1,1 @@
+"""Generation, rewards and weight updates of the rollout engine."""

@@ -1,0 +1,107 @@
+"""Keeps an engine and the trainer out of each other's process state: environment, random generators, process groups."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from unittest import mock
+
+import numpy
+import torch
+
+CHILD_FLAG = "MCORE_RL_ENGINE_CHILD"  # tells the worker extension to end its process with its parent
+TORCHRUN_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"),
+    *("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE"),
+)
+
+
+def prepare_environment(backend: str = "") -> None:
+    """Variables that vLLM reads at import, where the user has not set them. Call before importing vllm."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if backend == "ipc":
+        os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # IPC handles travel pickled
+    if not torch.cuda.is_available():
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # cores are shared with the trainer
+
+
+@contextmanager
+def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
+    """Variables that only a starting engine may see, and no trace of those that vLLM sets for its own children.
+
+    A child must not see torchrun's: it would take itself for a trainer rank.
+    """
+    # 0 leaves the choice of thread or process to the caller's argument, and keeps the child from a child of its own.
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ENGINE_READY_TIMEOUT_S": str(int(timeout_s))}
+    touched = (*TORCHRUN_VARIABLES, *variables, CHILD_FLAG, "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
+    before = {name: os.environ.get(name) for name in touched}
+    os.environ.update(variables)
+    if child:
+        os.environ[CHILD_FLAG] = "1"
+        for name in TORCHRUN_VARIABLES:
+            os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextmanager
+def empty_main_module() -> Iterator[None]:
+    """A spawned process imports its parent's main module again; the engine needs nothing of the trainer's."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """An engine in this process draws from torch's default generators; the trainer must not notice."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """A worker that starts in this process seeds every generator, replaces torch.set_num_threads and, where there is no
+    default process group, makes one; with a single worker it never communicates, so the place is left to the trainer.
+    """
+    python_state, numpy_state, set_num_threads = random.getstate(), numpy.random.get_state(), torch.set_num_threads
+    has_group = torch.distributed.is_initialized()
+    try:
+        with generators_kept():
+            yield
+    finally:
+        random.setstate(python_state)
+        numpy.random.set_state(numpy_state)
+        torch.set_num_threads = set_num_threads
+        if not has_group and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def default_group_kept() -> Iterator[None]:
+    """vLLM's shutdown destroys the default process group, which is the trainer's, beside groups of its own."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_subgroup(group=None):
+        if group is not None:
+            with suppress(ValueError):  # gone already where the default group went first
+                destroy(group)
+
+    with mock.patch.object(torch.distributed, "destroy_process_group", destroy_subgroup):
+        yield

@@ -1,0 +1,177 @@
+"""A vLLM server as the rollout engine, by its HTTP routes. Start it with
+
+    VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --port 8000 \
+        --max-model-len 512 --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "nccl"}' \
+        --worker-extension-cls mcore_rl.rollout.worker_extension.WorkerExtension
+
+and on CPU also `--weight-transfer-config '{"backend": "shm"}'` (or gloo for another host), `--enforce-eager`,
+`--no-enable-chunked-prefill` and `--max-num-batched-tokens` of at least the model length.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+
+from mcore_rl.rollout.engine import RolloutError, check_prompts, load_decoder, request_seeds
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
+
+CONCURRENT_REQUESTS = 64
+
+
+class ServerEngine:
+    """A `RolloutEngine` reached over HTTP; the server goes on when it is closed.
+
+    Args:
+        timeout_s: of every request but the generating ones, which may take as long as they need.
+
+    Raises:
+        ValueError: the server was started without something that training needs (names the missing flag).
+        RolloutError: it does not answer.
+    """
+
+    placement = "server"
+
+    def __init__(self, url: str, model_path: str, timeout_s: float):
+        self.policy_version = 0
+        self.url = url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._decode = load_decoder(model_path)
+        self._session = requests.Session()
+        adapter = requests.adapters.HTTPAdapter(pool_maxsize=CONCURRENT_REQUESTS)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        self.check_alive()
+        facts = self.call_workers("rollout_facts")[0]
+        _check_facts(facts)
+        self.max_model_len = facts["max_model_len"]
+        self.weight_backend = facts["weight_transfer"]
+        self.num_workers = facts["num_workers"]
+        self.trainer_host = _own_address(self.url)
+
+    @property
+    def sync_client(self) -> _HttpSyncClient:
+        return _HttpSyncClient(self)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[RolloutGroup]:
+        check_prompts(prompts, self.max_model_len)
+        seeds = request_seeds(seed, len(prompts), params.n)
+        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
+            answers = list(pool.map(lambda prompt, s: self._sample(prompt, params, s), prompts, seeds))
+        return [self._group(prompt, answer["choices"]) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
+        return self.post("collective_rpc", {"method": method, "kwargs": kwargs})["results"]
+
+    def check_alive(self) -> None:
+        try:
+            healthy = self._session.get(f"{self.url}/health", timeout=10).status_code == 200
+        except requests.RequestException as error:
+            raise RolloutError(f"the vLLM server {self.url} does not answer: {error}") from error
+        if not healthy:
+            raise RolloutError(f"the vLLM server {self.url} answers, but its engine is dead; its own log has the cause")
+
+    def close(self) -> None:
+        self._session.close()
+
+    def post(self, route: str, body: Any = None, timeout_s: float | None = -1.0, **query: str) -> Any:
+        """The JSON answer of one route. Raises RolloutError with the server's own words."""
+        timeout = self._timeout_s if timeout_s == -1.0 else timeout_s
+        try:
+            answer = self._session.post(f"{self.url}/{route}", json=body, params=query, timeout=timeout)
+        except requests.RequestException as error:
+            raise RolloutError(f"the vLLM server {self.url} failed during {route}: {error}") from error
+        if answer.status_code == 404:
+            raise ValueError(f"the vLLM server {self.url} has no route /{route}; start it with VLLM_SERVER_DEV_MODE=1")
+        if answer.status_code != 200:
+            raise RolloutError(
+                f"the vLLM server {self.url} refused {route} ({answer.status_code}): {answer.text[:2000]}"
+            )
+        return answer.json()
+
+    def _sample(self, prompt: Prompt, params: SamplingParams, seed: int) -> Any:
+        sampling = {
+            "n": params.n,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "max_tokens": params.max_tokens,
+            "stop": list(params.stop),
+            "stop_token_ids": list(params.stop_token_ids),
+            "seed": seed,
+            "logprobs": 0,
+            "detokenize": bool(params.stop),
+        }
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": sampling}
+        return self.post("inference/v1/generate", body, timeout_s=None)
+
+    def _group(self, prompt: Prompt, choices: list[dict[str, Any]]) -> RolloutGroup:
+        choices = sorted(choices, key=lambda choice: choice["index"])
+        texts = self._decode([c["token_ids"] for c in choices]) if self._decode else [""] * len(choices)
+        return RolloutGroup(
+            prompt,
+            tuple(
+                Trajectory(
+                    prompt_ids=prompt.token_ids,
+                    response_ids=tuple(c["token_ids"]),
+                    rollout_logprobs=tuple(at_token["logprob"] for at_token in c["logprobs"]["content"]),
+                    finish_reason=c["finish_reason"],
+                    policy_version=self.policy_version,
+                    text=text,
+                )
+                for c, text in zip(choices, texts, strict=True)
+            ),
+        )
+
+
+class _HttpSyncClient:
+    """`WeightSyncClient` of a server; requests of others wait during an update and go on with the new weights."""
+
+    def __init__(self, engine: ServerEngine):
+        self._engine = engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._engine.post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._engine.post("pause", mode="keep")
+        self._engine.post("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._engine.post("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._engine.post("finish_weight_update")
+        if not self._engine.post("reset_prefix_cache", reset_running_requests="true")["success"]:
+            raise RolloutError("the vLLM server could not drop its prefix cache after a weight update")
+        self._engine.post("resume")
+
+
+def _check_facts(facts: dict[str, Any]) -> None:
+    if facts["weight_transfer"] is None:
+        raise ValueError(
+            """the vLLM server cannot take weights; start it with --weight-transfer-config '{"backend": "shm"}'"""
+        )
+    if facts["logprobs_mode"] != "processed_logprobs":
+        raise ValueError(
+            f"the vLLM server reports {facts['logprobs_mode']}, not those of the distribution it samples from; start "
+            "it with --logprobs-mode processed_logprobs"
+        )
+    if facts["device"] == "cpu" and facts["chunked_prefill"]:
+        raise ValueError(
+            "a vLLM server on CPU dies of a seeded request whose prompt is computed in chunks; start it with "
+            "--no-enable-chunked-prefill and --max-num-batched-tokens of at least its model length"
+        )
+
+
+def _own_address(url: str) -> str:
+    """The address of this host that the server sees."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return probe.getsockname()[0]

@@ -1,0 +1,324 @@
+"""vLLM as the rollout engine: inside the trainer process, or in a child process of rank 0."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing.connection
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from mcore_rl.config import RolloutConfig, WeightSyncConfig
+from mcore_rl.rollout import isolation
+from mcore_rl.rollout.engine import RolloutEngine, RolloutError, check_prompts, load_decoder, request_seeds
+from mcore_rl.rollout.server_engine import ServerEngine
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
+
+WORKER_EXTENSION = "mcore_rl.rollout.worker_extension.WorkerExtension"
+MAX_BATCHED_TOKENS = 8192
+
+
+def open_engine(
+    rollout: RolloutConfig,
+    weight_sync: WeightSyncConfig,
+    model_path: str,
+    model_dtype: str,
+    max_prompt_tokens: int,
+    world_size: int,
+    seed: int,
+) -> RolloutEngine:
+    """Start (or, for placement "server", reach) the engine. Called on rank 0 after the process groups exist.
+
+    Args:
+        model_dtype: of the trainer; used where `rollout.dtype` is "auto".
+        max_prompt_tokens: longest prompt; with `rollout.max_response_tokens` the default of `max_model_len`.
+        world_size: trainer ranks.
+
+    Raises:
+        ValueError: placement and number of ranks or server address do not fit, or the server is set up wrongly.
+        RolloutError: the engine did not start.
+    """
+    placement = rollout.placement
+    if placement == "auto":
+        placement = "in_process" if world_size == 1 else "child"
+    if placement == "in_process" and world_size > 1:
+        raise ValueError(
+            f"rollout.placement='in_process' needs one trainer rank, got {world_size}; use 'child' or 'auto'"
+        )
+    if placement == "in_process" and rollout.tensor_parallel_size > 1:
+        raise ValueError(
+            f"rollout.placement='in_process' needs rollout.tensor_parallel_size=1, got {rollout.tensor_parallel_size}; "
+            "use placement 'child' or 'server'"
+        )
+    if placement == "server":
+        if not rollout.server_url:
+            raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
+        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s)
+    backend = resolve_backend(weight_sync.backend, placement)
+    dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
+    max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
+    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
+
+
+def resolve_backend(backend: str, placement: str) -> str:
+    """The weight-transfer backend that "auto" stands for.
+
+    A process cannot open CUDA IPC handles of its own, so an in-process engine gets its weights through shared memory.
+    """
+    if backend != "auto":
+        return backend
+    if placement == "in_process" or not torch.cuda.is_available():
+        return "shm"
+    return "ipc" if placement == "child" else "nccl"
+
+
+class VLLMEngine:
+    """A `RolloutEngine` in this process or in a child of it."""
+
+    trainer_host = "127.0.0.1"
+
+    def __init__(
+        self,
+        model_path: str,
+        placement: str,
+        backend: str,
+        dtype: str,
+        max_model_len: int,
+        rollout: RolloutConfig,
+        seed: int,
+    ):
+        self.policy_version = 0
+        self.placement = placement
+        self.weight_backend = backend
+        self.num_workers = rollout.tensor_parallel_size
+        self.max_model_len = max_model_len
+        self._closed = False
+        self._num_requests = 0
+        self._decode = load_decoder(model_path)
+        isolation.prepare_environment(backend)
+        arguments = _engine_arguments(
+            model_path, backend, dtype, max_model_len, rollout, seed, self._decode is not None
+        )
+        self._llm = _start(arguments, placement, rollout.startup_timeout_s)
+        if placement == "child":
+            threading.Thread(target=_fail_waiters, args=(self._llm.engine_core,), daemon=True).start()
+        atexit.register(self.close)
+
+    @property
+    def sync_client(self) -> _LocalSyncClient:
+        return _LocalSyncClient(self)
+
+    @property
+    def child_pids(self) -> list[int]:
+        return [process.pid for process in self._children()]
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[RolloutGroup]:
+        check_prompts(prompts, self.max_model_len)
+        if params.stop and self._decode is None:
+            raise ValueError(
+                f"stop strings {params.stop} need a tokenizer, the model folder has none; use stop_token_ids"
+            )
+        with self._dead_engine_explained("generation"), self._isolated():
+            # What an earlier call left in the cache must not decide how this one is computed.
+            self._reset_prefix_cache()
+            outputs = self._run(prompts, params, seed)
+        return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+    def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
+        with self._dead_engine_explained(method), self._isolated():
+            return self._llm.collective_rpc(method, kwargs=kwargs)
+
+    def reset_prefix_cache(self) -> None:
+        with self._dead_engine_explained("cache reset"):
+            self._reset_prefix_cache()
+
+    def check_alive(self) -> None:
+        if self._closed:
+            raise RolloutError("the rollout engine is closed")
+        for process in self._children():
+            if not process.is_alive():
+                raise RolloutError(f"the engine's process {process.pid} is dead: {_exit_cause(process.exitcode)}")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        with isolation.default_group_kept() if self.placement == "in_process" else nullcontext():
+            self._llm.engine_core.shutdown()
+        self._llm = None
+
+    def _isolated(self):
+        return isolation.generators_kept() if self.placement == "in_process" else nullcontext()
+
+    def _children(self) -> list[Any]:
+        if self.placement != "child" or self._llm is None:
+            return []
+        return list(self._llm.engine_core.resources.engine_manager.processes)
+
+    def _reset_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM could not drop its prefix cache: requests of an earlier call are still running")
+
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[Any]:
+        ids = []
+        try:
+            for prompt, prompt_seed in zip(prompts, request_seeds(seed, len(prompts), params.n), strict=True):
+                ids.append(str(self._num_requests))
+                self._num_requests += 1
+                tokens = {"prompt_token_ids": list(prompt.token_ids)}
+                self._llm.add_request(ids[-1], tokens, _sampling(params, prompt_seed))
+            finished = {}
+            while self._llm.has_unfinished_requests():
+                finished.update((output.request_id, output) for output in self._llm.step() if output.finished)
+        except BaseException:
+            if all(process.is_alive() for process in self._children()):
+                self._llm.abort_request(ids)
+            raise
+        return [finished[i] for i in ids]
+
+    def _group(self, prompt: Prompt, output: Any) -> RolloutGroup:
+        responses = sorted(output.outputs, key=lambda response: response.index)
+        texts = self._decode([r.token_ids for r in responses]) if self._decode else [""] * len(responses)
+        return RolloutGroup(
+            prompt,
+            tuple(
+                Trajectory(
+                    prompt_ids=prompt.token_ids,
+                    response_ids=tuple(r.token_ids),
+                    rollout_logprobs=tuple(
+                        at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)
+                    ),
+                    finish_reason=r.finish_reason,
+                    policy_version=self.policy_version,
+                    text=text,
+                )
+                for r, text in zip(responses, texts, strict=True)
+            ),
+        )
+
+    @contextmanager
+    def _dead_engine_explained(self, doing: str) -> Iterator[None]:
+        """Turns vLLM's errors into RolloutError; a dead child is named with its exit status."""
+        if self._closed:
+            raise RolloutError("the rollout engine is closed")
+        try:
+            yield
+        except RolloutError:
+            raise
+        except Exception as error:
+            for process in self._children():
+                process.join(timeout=1)  # its sockets close before its status can be read
+                if not process.is_alive():
+                    cause = _exit_cause(process.exitcode)
+                    raise RolloutError(f"the engine's process {process.pid} died during {doing}: {cause}") from error
+            raise RolloutError(f"the rollout engine failed during {doing}: {error}") from error
+
+
+class _LocalSyncClient:
+    """`WeightSyncClient` of an engine that this process owns; generation is never in flight during an update."""
+
+    def __init__(self, engine: VLLMEngine):
+        self._engine = engine
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._engine.call_workers("init_weight_transfer_engine", init_info=init_info)
+
+    def start_weight_update(self) -> None:
+        self._engine.call_workers("start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self._engine.call_workers("update_weights", update_info=update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._engine.call_workers("finish_weight_update")
+        self._engine.reset_prefix_cache()
+
+
+def _engine_arguments(
+    model_path: str,
+    backend: str,
+    dtype: str,
+    max_model_len: int,
+    rollout: RolloutConfig,
+    seed: int,
+    has_tokenizer: bool,
+) -> dict[str, Any]:
+    from vllm.config import WeightTransferConfig
+    from vllm.platforms import current_platform
+
+    arguments = dict(
+        model=model_path,
+        skip_tokenizer_init=not has_tokenizer,
+        dtype=dtype,
+        seed=seed,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        logprobs_mode="processed_logprobs",
+        worker_extension_cls=WORKER_EXTENSION,
+        weight_transfer_config=WeightTransferConfig(backend=backend),
+        disable_log_stats=True,
+    )
+    if not current_platform.is_cpu():
+        return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization)
+    # A prompt computed in chunks rolls its request's generator back, which a CPU generator cannot do.
+    return arguments | dict(
+        enforce_eager=True, enable_chunked_prefill=False, kv_cache_memory_bytes=int(rollout.kv_cache_gb * 2**30)
+    )
+
+
+def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
+    child = placement == "child"
+    with isolation.start_environment(child, timeout_s):
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        with isolation.empty_main_module() if child else isolation.process_state_kept():
+            try:
+                return LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=child)
+            except ValueError:
+                raise
+            except Exception as error:
+                raise RolloutError(f"the rollout engine ({placement}) did not start: {error}") from error
+
+
+def _fail_waiters(core: Any) -> None:
+    """Wake every thread that waits for a dead child: vLLM's client (v1/engine/core_client.py:918) waits forever."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    multiprocessing.connection.wait([process.sentinel for process in core.resources.engine_manager.processes])
+    core.resources.engine_dead = True
+    core.outputs_queue.put(EngineDeadError())
+    for waiter in list(core.utility_results.values()):
+        if not waiter.done():
+            waiter.set_exception(EngineDeadError())
+
+
+def _sampling(params: SamplingParams, seed: int) -> Any:
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
+
+    return VLLMSamplingParams(
+        n=params.n,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        max_tokens=params.max_tokens,
+        stop=list(params.stop),
+        stop_token_ids=list(params.stop_token_ids),
+        seed=seed,
+        logprobs=0,
+        detokenize=bool(params.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _exit_cause(exitcode: int | None) -> str:
+    if exitcode is None or exitcode >= 0:
+        return f"exit status {exitcode}, its own message is in this process's error output"
+    return f"killed by {signal.Signals(-exitcode).name}" + (" (out of memory?)" if exitcode == -9 else "")
