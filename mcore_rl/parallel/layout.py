@@ -71,7 +71,7 @@ class ParallelLayout:
         if world_size % model_size:
             raise ValueError(
                 f"{world_size} ranks cannot hold parallel.tp*pp*cp={parallel.tp}*{parallel.pp}*{parallel.cp}="
-                f"{model_size}; start a multiple of {model_size} ranks (torchrun --nproc-per-node {model_size}) or lower "
+                f"{model_size}; start a multiple of {model_size} (torchrun --nproc-per-node {model_size}) or lower "
                 "tp, pp or cp"
             )
         axes = {name: getattr(parallel, name) for name in ("tp", "pp", "vpp", "cp", "ep", "etp")}
