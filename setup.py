@@ -1,4 +1,4 @@
-"""Package description. `make install` installs the pinned set of requirements/cpu.lock; docs/install.md has the rest."""
+"""What the package is and needs; `make install` installs the pins of requirements/cpu.lock (docs/install.md)."""
 
 from setuptools import find_packages, setup
 

@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "cpu.lock"
 INPUTS = (LOCK, ROOT / "setup.py", Path(__file__).resolve())
-STAMP = "mcore-rl-installed"  # digest of INPUTS and the interpreter, written last
+STAMP = "mcore-rl-installed"  # digest of INPUTS and of the checkout's place, written last
 MARK = "mcore-rl-environment"  # written first: this folder is ours to make anew
 SUPPORTED = ((3, 11), (3, 12))
-BUILD_TOOLS = ("setuptools", "wheel")
+BUILD_TOOLS = ("packaging==", "setuptools==", "wheel==")
 
 NO_PYTHON = """\
 no Python 3.11 or 3.12 with the venv module was found (looked for: {looked}).
@@ -54,8 +54,8 @@ def install(venv: Path, python: str | None) -> None:
         if not stamp.exists():
             make_venv(venv, find_python(python))
         stamp.unlink(missing_ok=True)
-        if stale(venv):
-            raise InstallError(f"{venv} has no working Python; remove it and run make again")
+        if python_version(venv_python(venv)) not in SUPPORTED:
+            raise InstallError(f"the Python of {venv} no longer works; remove it and run make again")
         install_packages(venv)
         stamp.write_text(digest(venv))
         print(f"installed in {time.monotonic() - start:.0f} s: {venv}", flush=True)
@@ -67,8 +67,8 @@ def digest(venv: Path) -> str:
     return content.hexdigest()
 
 
-def stale(venv: Path) -> bool:
-    return python_version(str(venv / "bin" / "python")) not in SUPPORTED
+def venv_python(venv: Path) -> str:
+    return str(venv / "bin" / "python")
 
 
 def python_version(python: str) -> tuple[int, int] | None:
@@ -103,13 +103,13 @@ def install_packages(venv: Path) -> None:
     pins = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
     torch = next(pin for pin in pins if pin.startswith("torch=="))
     tools = [pin for pin in pins if pin.startswith(BUILD_TOOLS)]
-    step("1/4 build tools", venv, *tools)
+    step("1/4 build tools", venv, "--no-deps", *tools)
     try:
         step(f"2/4 {torch}", venv, "--no-deps", torch)
     except InstallError as error:
         if "No matching distribution found for torch" not in str(error):
             raise
-        version = "{}.{}".format(*python_version(str(venv / "bin" / "python")))
+        version = "{}.{}".format(*python_version(venv_python(venv)))
         raise InstallError(NO_TORCH.format(torch=torch, version=version)) from error
     step(f"3/4 {len(pins)} pinned packages", venv, "--no-deps", "--no-build-isolation", "-r", str(LOCK))
     step("4/4 mcore-rl", venv, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
@@ -117,17 +117,18 @@ def install_packages(venv: Path) -> None:
 
 def step(title: str, venv: Path, *arguments: str) -> None:
     print(title, flush=True)
-    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
+    pip = [venv_python(venv), "-m", "pip", "install", "--progress-bar", "off", "--disable-pip-version-check"]
     run([*pip, *arguments], venv)
 
 
 def run(command: list[str], venv: Path) -> None:
     """Run a command with its output in `venv`/install.log. Raises InstallError with the end of that output."""
     log = venv / "install.log"
-    with log.open("w") as out:
+    with log.open("a") as out:
+        begin = out.tell()
         done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        tail = "\n".join(log.read_bytes()[begin:].decode(errors="replace").splitlines()[-20:])
         raise InstallError(f"this command failed with exit code {done.returncode}:\n  {' '.join(command)}\n{tail}")
 
 
@@ -136,3 +137,5 @@ if __name__ == "__main__":
         install(Path(os.path.abspath(sys.argv[1])), os.environ.get("PYTHON") or None)
     except InstallError as error:
         sys.exit(f"install: {error}")
+    except KeyboardInterrupt:
+        sys.exit("install: interrupted; the next make begins again")
