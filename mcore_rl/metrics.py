@@ -16,7 +16,7 @@ from mcore_rl.config import RunConfig
 
 # key in the metrics, label on the line, format
 LINE = (
-    ("train/loss", "loss", "{:.4f}"),
+    ("policy/loss", "loss", "{:.4f}"),
     ("reward/mean", "reward", "{:.3f}"),
     ("eval/accuracy", "accuracy", "{:.3f}"),
     ("response/length_mean", "length", "{:.0f}"),
