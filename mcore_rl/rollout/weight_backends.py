@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import pickle
-import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -21,7 +19,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
 from mcore_rl.rollout.weight_layout import (
-    RENDEZVOUS_TIMEOUT,
+    GLOO_TIMEOUT,
     Metadata,
     broadcast_from_0,
     layout_bytes,
@@ -104,13 +102,13 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
         metadata = source.plain_metadata()
         engine.buffer = torch.empty(layout_bytes(metadata), dtype=torch.uint8)
         engine.views = tensor_views(engine.buffer, metadata)
-        listener = socket.create_server((init_info.host, 0))
-        port, world_size = listener.getsockname()[1], 1 + init_info.num_workers
-        info = {"metadata": metadata, "host": init_info.host, "port": port, "world_size": world_size}
+        store = torch.distributed.TCPStore(
+            init_info.host, 0, is_master=True, wait_for_workers=False, timeout=GLOO_TIMEOUT
+        )
+        size = 1 + init_info.num_workers
+        info = {"metadata": metadata, "host": init_info.host, "port": store.port, "world_size": size}
         with _beside(lambda: client.init_weight_transfer_engine(info)):
-            engine.group = stateless_init_torch_distributed_process_group(
-                init_info.host, port, 0, world_size, "gloo", listen_socket=listener, timeout=RENDEZVOUS_TIMEOUT
-            )
+            engine.group = torch.distributed.ProcessGroupGloo(store, 0, size, GLOO_TIMEOUT)
         return engine
 
     def send_weights(self) -> None:

@@ -11,7 +11,7 @@ Metadata = list[tuple[str, str, list[int]]]  # HF name, dtype without "torch.", 
 
 ALIGNMENT_BYTES = 64
 BROADCAST_BYTES = 64 << 20
-RENDEZVOUS_TIMEOUT = timedelta(seconds=120)
+GLOO_TIMEOUT = timedelta(seconds=120)  # of the rendezvous and of one broadcast
 
 
 def layout_bytes(metadata: Metadata) -> int:
@@ -46,7 +46,7 @@ def map_file(path: str, num_bytes: int) -> Tensor:
         ) from error
 
 
-def broadcast_from_0(group: torch.distributed.ProcessGroup, buffer: Tensor) -> None:
+def broadcast_from_0(group: torch.distributed.ProcessGroupGloo, buffer: Tensor) -> None:
     """In place, piece by piece."""
     options = torch.distributed.BroadcastOptions()
     options.rootRank = 0

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from vllm.distributed.utils import stateless_init_torch_distributed_process_group
 from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -24,7 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from mcore_rl.rollout import vllm_patches
 from mcore_rl.rollout.isolation import CHILD_FLAG
 from mcore_rl.rollout.weight_layout import (
-    RENDEZVOUS_TIMEOUT,
+    GLOO_TIMEOUT,
     Metadata,
     broadcast_from_0,
     layout_bytes,
@@ -136,9 +135,8 @@ class GlooEngine(FullCopyEngine):
     def init_transfer_engine(self, init_info: CopyInitInfo) -> None:
         parallel = self.parallel_config
         rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self.group = stateless_init_torch_distributed_process_group(
-            init_info.host, init_info.port, rank, init_info.world_size, "gloo", timeout=RENDEZVOUS_TIMEOUT
-        )
+        store = torch.distributed.TCPStore(init_info.host, init_info.port, timeout=GLOO_TIMEOUT)
+        self.group = torch.distributed.ProcessGroupGloo(store, rank, init_info.world_size, GLOO_TIMEOUT)
         self.buffer = torch.empty(layout_bytes(init_info.metadata), dtype=torch.uint8)
         self.views = tensor_views(self.buffer, init_info.metadata)
 
