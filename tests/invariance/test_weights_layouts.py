@@ -1,7 +1,10 @@
 """Real Megatron models over real processes: HF folder -> ranks -> HF folder is bit-equal in every layout."""
 
+import contextlib
 import json
 import os
+import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,40 +13,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-MOE_2 = [
-    dict(ep=2, dp=2),
-    dict(tp=2),
-    dict(pp=2),
-    dict(pp=2, vpp=2),
-    dict(tp=2, ep=2),
-    dict(tp=2, etp=2),
-    dict(cp=2, ep=2),
-    dict(dp=2),
+RANKS = 4
+UNTIED = [
+    dict(dp=4, ep=2),
+    dict(tp=2, dp=2),
+    dict(pp=2, dp=2),
+    dict(pp=2, vpp=2, dp=2),
+    dict(tp=2, dp=2, ep=2),
+    dict(tp=2, dp=2, ep=2, etp=2),
+    dict(tp=2, pp=2, ep=2),
+    dict(cp=2, dp=2, ep=4),
 ]
-MOE_4 = [dict(tp=2, dp=2, ep=2, etp=2), dict(tp=2, pp=2, ep=2), dict(dp=4, ep=4)]
-TIED_4 = [dict(tp=2, pp=2), dict(pp=4)]
+TIED = [dict(tp=2, pp=2), dict(pp=2, vpp=2, dp=2)]
 
 
-def main(source: str, out: str, layouts: str) -> None:
-    """One rank: every layout in turn."""
+def main(worlds: str) -> None:
+    """One rank: every (source, out, layout, port) in turn."""
     from mcore_rl.parallel import groups as process_groups
     from mcore_rl.parallel.layout import ParallelLayout
 
-    for axes in json.loads(layouts):
-        layout = ParallelLayout(**axes)
-        groups = process_groups.init(layout, timeout_s=60, seed=0)
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's store keeps the keys of the previous world
+    for source, out, axes, port in json.loads(worlds):
+        os.environ["MASTER_PORT"] = str(port)
+        groups = process_groups.init(ParallelLayout(**axes), timeout_s=60, seed=0)
         try:
-            round_trip(Path(source), Path(out) / slug(axes), groups)
+            round_trip(Path(source), Path(out), groups)
         finally:
             process_groups.destroy()
 
 
 def round_trip(source: Path, out: Path, groups) -> None:
     import torch.distributed as dist
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-    from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from mcore_rl.config import ModelConfig
     from mcore_rl.model.build import build_model, read_hf_config
-    from mcore_rl.model.optimizer import build_training
     from mcore_rl.weights.hf_io import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter, export_hf
@@ -58,11 +62,14 @@ def round_trip(source: Path, out: Path, groups) -> None:
     assert names == [name for name, _, _ in exporter.metadata()]
     export_hf(exporter, out / "loaded", source)
 
-    # DistributedDataParallel moves the parameters; the exporter must follow them.
-    training = build_training(chunks, OptimizerConfig(), ParallelConfig(), total_updates=1)
-    with torch.no_grad():
-        for param in (p for chunk in training.chunks for p in chunk.parameters()):
-            param.mul_(2)
+    # With a distributed optimizer Megatron moves the parameters into its buffers; the exporter must follow them.
+    params = [p for chunk in chunks for p in chunk.parameters()]
+    before = [p.data_ptr() for p in params]
+    wrap = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    wrapped = [DistributedDataParallel(chunk.config, wrap, chunk) for chunk in chunks]
+    assert len(wrapped) == len(chunks) and all(p.data_ptr() != old for p, old in zip(params, before))
+    for param in params:
+        param.data.mul_(2)
     numel = sum(torch.Size(shape).numel() for _, _, shape in exporter.metadata())
     shared = torch.from_file(str(out / "shared"), shared=True, size=numel)
     pieces = shared.split([torch.Size(shape).numel() for _, _, shape in exporter.metadata()])
@@ -74,9 +81,10 @@ def round_trip(source: Path, out: Path, groups) -> None:
         exporter.write_into(views)
         dist.barrier()
         assert not shared.isnan().any()
-        for param in (p for chunk in training.chunks for p in chunk.parameters()):
+        for param in params:
             param.data.mul_(2)
-    export_hf(exporter, out / "moved", source)  # 8x
+    export_hf(exporter, out / "moved", source)
+    (out / "order.json").write_text(json.dumps(names))
 
     (out / "taken").mkdir(exist_ok=True)
     (out / "taken" / "file").write_text("")
@@ -88,70 +96,65 @@ def slug(axes: dict) -> str:
     return "-".join(f"{name}{size}" for name, size in axes.items())
 
 
-def launch(ranks: int, source: Path, out: Path, layouts: list[dict]) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
-    command += [str(source), str(out), json.dumps(layouts)]
-    root = str(Path(__file__).parents[2])
-    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, timeout=240, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out
+def free_ports(count: int) -> list[int]:
+    """Ports that are free and stay so: below those that the system hands to outgoing connections."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 @pytest.fixture(scope="module")
-def moe_2(tiny_moe_dir, tmp_path_factory):
-    return launch(2, tiny_moe_dir, tmp_path_factory.mktemp("moe_2"), MOE_2)
+def tied_moe_dir(tmp_path_factory) -> Path:
+    from conftest import save_tiny_hf
+
+    return save_tiny_hf(tmp_path_factory.mktemp("tied_moe"), tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
-def moe_4(tiny_moe_dir, tmp_path_factory):
-    return launch(4, tiny_moe_dir, tmp_path_factory.mktemp("moe_4"), MOE_4)
+def results(tiny_moe_dir, tied_moe_dir, tmp_path_factory) -> Path:
+    """Folder with one folder a case; the processes are started once for all of them."""
+    folder = tmp_path_factory.mktemp("layouts")
+    cases = [(tiny_moe_dir, folder / slug(axes), axes) for axes in UNTIED]
+    cases += [(tied_moe_dir, folder / f"tied-{slug(axes)}", axes) for axes in TIED]
+    worlds = [(str(source), str(out), axes, port) for (source, out, axes), port in zip(cases, free_ports(len(cases)))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, json.dumps(worlds)], env=env, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, stderr = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks on SIGTERM; a kill would leave them behind
+            raise
+    assert process.returncode == 0, "\n".join(line for line in stderr.splitlines() if line.startswith("[rank"))
+    return folder
 
 
-@pytest.fixture(scope="module")
-def tied_4(tiny_tied_dir, tmp_path_factory):
-    return launch(4, tiny_tied_dir, tmp_path_factory.mktemp("tied_4"), TIED_4)
+@pytest.mark.parametrize("axes", UNTIED, ids=slug)
+def test_round_trip(axes, results, tiny_moe_dir):
+    check(tiny_moe_dir, results / slug(axes))
+
+
+@pytest.mark.parametrize("axes", TIED, ids=slug)
+def test_round_trip_with_tied_embeddings(axes, results, tied_moe_dir):
+    check(tied_moe_dir, results / f"tied-{slug(axes)}")
 
 
 def check(source: Path, out: Path) -> None:
+    """The files as loaded, the shared memory as last written (4x), the files after the last change (8x)."""
     original = load_file(source / "model.safetensors")
     loaded, moved = (load_file(out / name / "model.safetensors") for name in ("loaded", "moved"))
     assert loaded.keys() == moved.keys() == original.keys()
     for name, tensor in original.items():
         assert torch.equal(loaded[name], tensor), name
         assert torch.equal(moved[name], 8 * tensor), name
-
-
-def check_shared(source: Path, out: Path) -> None:
-    """The last `write_into` was at 4x."""
-    original = load_file(source / "model.safetensors")
-    total = sum(x.numel() for x in original.values())
-    shared = torch.from_file(str(out / "shared"), size=total)
-    from transformers import AutoConfig
-
-    from mcore_rl.weights.shards import hf_shapes
-
-    names = list(hf_shapes(AutoConfig.from_pretrained(source)))
-    assert torch.equal(shared, torch.cat([4 * original[name].flatten() for name in names]))
-
-
-@pytest.mark.parametrize("axes", MOE_2, ids=slug)
-def test_two_ranks(axes, moe_2, tiny_moe_dir):
-    check(tiny_moe_dir, moe_2 / slug(axes))
-    check_shared(tiny_moe_dir, moe_2 / slug(axes))
-
-
-@pytest.mark.parametrize("axes", MOE_4, ids=slug)
-def test_four_ranks(axes, moe_4, tiny_moe_dir):
-    check(tiny_moe_dir, moe_4 / slug(axes))
-    check_shared(tiny_moe_dir, moe_4 / slug(axes))
-
-
-@pytest.mark.parametrize("axes", TIED_4, ids=slug)
-def test_tied_embeddings_over_pipeline_stages(axes, tied_4, tiny_tied_dir):
-    check(tiny_tied_dir, tied_4 / slug(axes))
-    check_shared(tiny_tied_dir, tied_4 / slug(axes))
+    order = json.loads((out / "order.json").read_text())
+    shared = torch.from_file(str(out / "shared"), size=sum(x.numel() for x in original.values()))
+    assert torch.equal(shared, torch.cat([4 * original[name].flatten() for name in order]))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
