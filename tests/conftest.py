@@ -50,6 +50,11 @@ def save_tiny_hf(folder: Path, moe: bool = True, seed: int = 0, **overrides) -> 
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest resets the filters that mcore_rl.parallel.device sets for Megatron's optional packages.
+    config.addinivalue_line("filterwarnings", "ignore:(Transformer Engine and )?Apex (is|are) not installed")
+
+
 @pytest.fixture(scope="session")
 def tiny_moe_dir(tmp_path_factory) -> Path:
     return save_tiny_hf(tmp_path_factory.mktemp("tiny_moe"))
@@ -64,3 +69,33 @@ def tiny_dense_dir(tmp_path_factory) -> Path:
 def tiny_tied_dir(tmp_path_factory) -> Path:
     """Dense, output matrix tied to the embedding."""
     return save_tiny_hf(tmp_path_factory.mktemp("tiny_tied"), moe=False, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def rollout_dirs(tmp_path_factory) -> tuple[Path, Path]:
+    """Two checkpoints of one MoE architecture with different weights; the first has a tokenizer."""
+    from rollout_reference import save_character_tokenizer
+
+    first, second = (save_tiny_hf(tmp_path_factory.mktemp(f"rollout_{seed}"), seed=seed) for seed in (0, 1))
+    save_character_tokenizer(first)
+    return first, second
+
+
+@pytest.fixture(scope="session")
+def rollout_engine(rollout_dirs):
+    """vLLM inside the test process, on the first of `rollout_dirs`; a test that changes its weights puts them back."""
+    from mcore_rl.config import RolloutConfig, WeightSyncConfig
+    from mcore_rl.rollout.vllm_engine import open_engine
+
+    rollout = RolloutConfig(placement="in_process", kv_cache_gb=0.1, max_model_len=200)
+    engine = open_engine(
+        rollout,
+        WeightSyncConfig(backend="shm"),
+        model_path=str(rollout_dirs[0]),
+        model_dtype="float32",
+        max_prompt_tokens=100,
+        world_size=1,
+        seed=0,
+    )
+    yield engine
+    engine.close()

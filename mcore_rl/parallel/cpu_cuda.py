@@ -119,13 +119,6 @@ manual_seed_all = manual_seed
 initial_seed = torch.initial_seed
 
 
-def _lazy_call(callable: Any, **kwargs: Any) -> None:
-    callable()
-
-
-def _lazy_init() -> None: ...
-
-
 random = SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state, manual_seed=manual_seed)
 nvtx = SimpleNamespace(
     range_push=lambda message: 0,

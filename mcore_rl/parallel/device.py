@@ -37,13 +37,6 @@ def torch_cuda(node: ast.AST) -> ast.AST:
     return node
 
 
-def from_torch_cuda(node: ast.AST) -> ast.AST:
-    """`from torch.cuda import _lazy_call` -> from the stand-in module. tensor_parallel/random.py:12."""
-    if isinstance(node, ast.ImportFrom) and node.module == "torch.cuda" and node.level == 0:
-        node.module = STAND_IN
-    return node
-
-
 def cuda_device(node: ast.AST) -> ast.AST:
     """`"cuda"` -> `"cpu"`, as a device or an autocast type. schedules.py:596, optimizer.py:473, clip_grads.py:90."""
     return ast.Constant("cpu") if isinstance(node, ast.Constant) and node.value == "cuda" else node
@@ -71,48 +64,37 @@ def pinned_memory(node: ast.AST) -> ast.AST:
 
 
 _TENSOR_TYPES = {f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
-REWRITE_RULES: tuple[Rule, ...] = (torch_cuda, from_torch_cuda, cuda_device, tensor_type, cuda_method, pinned_memory)
+REWRITE_RULES: tuple[Rule, ...] = (torch_cuda, cuda_device, tensor_type, cuda_method, pinned_memory)
 
 
-def install(skip: Sequence[str] = ()) -> bool:
-    """Prepare the import of Megatron-Core for this host; call before anything imports `megatron`.
-
-    Idempotent. `skip` names rewrite rules and patches to leave out: the tests show with it what each is for.
+def install() -> bool:
+    """Prepare the import of Megatron-Core for this host; call before anything imports `megatron`. Idempotent.
 
     Returns:
         True where the CPU backend is active, False with CUDA.
     Raises:
         RuntimeError: megatron was imported before, or megatron-core is not the release this was written for.
-        ValueError: `skip` names something that does not exist.
     """
     cpu = not torch.cuda.is_available()
-    patches = _patches_for(cpu)
-    names = {f.__name__ for f in (*REWRITE_RULES, *megatron_patches.ALL)}
-    if unknown := set(skip) - names:
-        raise ValueError(f"install(skip={sorted(unknown)}) names no rule or patch; allowed: {sorted(names)}")
+    patches = megatron_patches.WITHOUT_CUDA if cpu else ()
+    if not has_transformer_engine():
+        patches += megatron_patches.WITHOUT_TRANSFORMER_ENGINE
     _quiet_missing_packages()
-    if not (cpu or patches) or any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not patches or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return cpu
     _check_version()
     if early := sorted(name for name in sys.modules if name.startswith("megatron.core")):
         raise RuntimeError(
-            f"{early[0]} was imported before mcore_rl.parallel, so its CUDA calls can no longer be redirected to this "
-            "host's CPU; import mcore_rl.parallel before anything that imports megatron"
+            f"{early[0]} was imported before mcore_rl.parallel, so it can no longer be adapted to this host without CUDA "
+            "or TransformerEngine; import mcore_rl.parallel before anything that imports megatron"
         )
-    rules = REWRITE_RULES if cpu else ()
-    rules, patches = ([f for f in functions if f.__name__ not in skip] for functions in (rules, patches))
-    sys.meta_path.insert(0, _Finder(rules, patches))
+    sys.meta_path.insert(0, _Finder(REWRITE_RULES if cpu else (), patches))
     return cpu
 
 
 def has_transformer_engine() -> bool:
     """Whether NVIDIA TransformerEngine can be imported; it needs CUDA."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def _patches_for(cpu: bool) -> list[megatron_patches.Patch]:
-    patches = list(megatron_patches.WITHOUT_CUDA) if cpu else []
-    return patches + (list(megatron_patches.WITHOUT_TRANSFORMER_ENGINE) if not has_transformer_engine() else [])
 
 
 def _check_version() -> None:
@@ -129,12 +111,7 @@ def _check_version() -> None:
 
 def _quiet_missing_packages() -> None:
     """Megatron warns on import about optional packages that a CPU host never has; nothing else is silenced."""
-    for message in (
-        "Apex is not installed",
-        "Transformer Engine and Apex are not installed",
-        "transformer_engine.* (is )?not installed",
-    ):
-        warnings.filterwarnings("ignore", message=message, module=r"megatron\..*")
+    warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\.core\.")
     if not torch.cuda.is_available():
         # There is one generator on a CPU host, so the "GPU" context does move the CPU state (random.py:229).
         rng = logging.getLogger("megatron.core.tensor_parallel.random")
@@ -157,8 +134,8 @@ class _Rewriter(ast.NodeTransformer):
         return node
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Compiles a module from its rewritten tree and applies the patches of that module after its body ran."""
+class MegatronLoader(importlib.machinery.SourceFileLoader):
+    """Compiles a module of Megatron from its rewritten tree and applies the patches meant for it after its body ran."""
 
     def __init__(self, name: str, path: str, rules: Sequence[Rule], patches: Sequence[megatron_patches.Patch]) -> None:
         super().__init__(name, path)
@@ -177,7 +154,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         module.__dict__["__cpu_cuda__"] = importlib.import_module(STAND_IN)
         super().exec_module(module)
         for patch in self.patches:
-            patch(module)
+            if patch.module == module.__name__:
+                patch(module)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -189,6 +167,5 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            patches = [patch for patch in self.patches if patch.module == fullname]
-            spec.loader = _Loader(spec.loader.name, spec.loader.path, self.rules, patches)
+            spec.loader = MegatronLoader(spec.loader.name, spec.loader.path, self.rules, self.patches)
         return spec

@@ -125,4 +125,3 @@ def adam_step_unshared(distrib_optimizer: ModuleType) -> None:
 
 WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather)
 WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (router_gemm, adam_step_restored, adam_step_unshared)
-ALL: tuple[Patch, ...] = WITHOUT_CUDA + WITHOUT_TRANSFORMER_ENGINE
