@@ -23,7 +23,6 @@ class ModelConfig(Section):
     path: str  # HF folder: config.json, safetensors, tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     spec: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TransformerEngine where it is installed
-    moe_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     moe_aux_loss_coef: float = Field(0.0, ge=0)  # load-balancing loss; 0 in RL, 0.01 is usual for SFT
     recompute: Literal["none", "selective", "full"] = "none"
 

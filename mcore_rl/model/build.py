@@ -96,13 +96,16 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.etp,
         sequence_parallel=layout.tp > 1,
-        variable_seq_lengths=layout.pp > 1,  # packed micro-batches differ in length
+        # Packed micro-batches differ in length: in time between pipeline stages, and between data-parallel ranks, which
+        # only this dispatcher allows. Megatron wants it named for dense models too.
+        variable_seq_lengths=layout.pp > 1,
+        moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=torch.cuda.is_available(),  # gloo has no batched send and receive
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         cuda_graph_scope=[],  # the default value is a deprecated one
-        perform_initialization=False,  # all weights come from files
+        perform_initialization=True,  # all weights come from files, but this also marks the split ones: clipping counts those
         hidden_dropout=0.0,
         attention_dropout=0.0,
         add_bias_linear=False,
@@ -202,7 +205,6 @@ def _qwen3_moe(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coef else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coef,
-        moe_token_dispatcher_type=model.moe_dispatcher,
     )
 
 
