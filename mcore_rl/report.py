@@ -59,13 +59,13 @@ def _figure(rows: Rows, title: str) -> Any:
     lines = max(1, -(-len(drawn) // columns))
     figure = Figure(figsize=(4.6 * columns, 3.1 * lines + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(lines, columns, squeeze=False).flat
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, axes in zip(drawn, grid):
         panel(axes, rows)
         axes.set_xlabel("step")
         axes.set_xlim(rows[0]["step"] - 0.6, rows[-1]["step"] + 0.6)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in list(grid)[len(drawn) :]:
+    for axes in grid[len(drawn) :]:
         axes.set_axis_off()
     figure.suptitle(f"{title}: {rows[-1]['step']} steps", fontsize=13, fontweight="bold", x=0.01, ha="left")
     return figure
