@@ -1,17 +1,14 @@
 """Real Megatron models over real processes: HF folder -> ranks -> HF folder is bit-equal in every layout."""
 
-import contextlib
 import json
-import os
-import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import save_tiny_hf
 from safetensors.torch import load_file
+from worlds import each_world, run_worlds, slug
 
 RANKS = 4
 UNTIED = [
@@ -27,22 +24,8 @@ UNTIED = [
 TIED = [dict(tp=2, pp=2), dict(pp=2, vpp=2, dp=2)]
 
 
-def main(worlds: str) -> None:
-    """One rank: every (source, out, layout, port) in turn."""
-    from mcore_rl.parallel import groups as process_groups
-    from mcore_rl.parallel.layout import ParallelLayout
-
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's store keeps the keys of the previous world
-    for source, out, axes, port in json.loads(worlds):
-        os.environ["MASTER_PORT"] = str(port)
-        groups = process_groups.init(ParallelLayout(**axes), timeout_s=60, seed=0)
-        try:
-            round_trip(Path(source), Path(out), groups)
-        finally:
-            process_groups.destroy()
-
-
-def round_trip(source: Path, out: Path, groups) -> None:
+def round_trip(case: dict, groups) -> None:
+    """One rank in one layout."""
     import torch.distributed as dist
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -52,6 +35,7 @@ def round_trip(source: Path, out: Path, groups) -> None:
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter, export_hf
 
+    source, out = Path(case["source"]), Path(case["out"])
     hf_config = read_hf_config(source)
     chunks = build_model(hf_config, ModelConfig(path=str(source)), groups)
     for param in (p for chunk in chunks for p in chunk.parameters()):
@@ -92,25 +76,8 @@ def round_trip(source: Path, out: Path, groups) -> None:
         export_hf(exporter, out / "taken", source)  # rank 0 fails; nobody hangs, everybody is told
 
 
-def slug(axes: dict) -> str:
-    return "-".join(f"{name}{size}" for name, size in axes.items())
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that are free and stay so: below those that the system hands to outgoing connections."""
-    found: list[int] = []
-    while len(found) < count:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
-
-
 @pytest.fixture(scope="module")
 def tied_moe_dir(tmp_path_factory) -> Path:
-    from conftest import save_tiny_hf
-
     return save_tiny_hf(tmp_path_factory.mktemp("tied_moe"), tie_word_embeddings=True)
 
 
@@ -120,16 +87,8 @@ def results(tiny_moe_dir, tied_moe_dir, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     cases = [(tiny_moe_dir, folder / slug(axes), axes) for axes in UNTIED]
     cases += [(tied_moe_dir, folder / f"tied-{slug(axes)}", axes) for axes in TIED]
-    worlds = [(str(source), str(out), axes, port) for (source, out, axes), port in zip(cases, free_ports(len(cases)))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", __file__]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, json.dumps(worlds)], env=env, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            _, stderr = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun ends its ranks on SIGTERM; a kill would leave them behind
-            raise
-    assert process.returncode == 0, "\n".join(line for line in stderr.splitlines() if line.startswith("[rank"))
+    keys = ("source", "out", "layout")
+    run_worlds(__file__, [dict(zip(keys, (str(source), str(out), axes))) for source, out, axes in cases], RANKS)
     return folder
 
 
@@ -157,4 +116,4 @@ def check(source: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    each_world(sys.argv[1], round_trip)
