@@ -76,7 +76,9 @@ def rollout_dirs(tmp_path_factory) -> tuple[Path, Path]:
     """Two checkpoints of one MoE architecture with different weights; the first has a tokenizer."""
     from rollout_reference import save_character_tokenizer
 
-    first, second = (save_tiny_hf(tmp_path_factory.mktemp(f"rollout_{seed}"), seed=seed) for seed in (0, 1))
+    first, second = (
+        save_tiny_hf(tmp_path_factory.mktemp(f"rollout_{seed}"), seed=seed, moe_intermediate_size=64) for seed in (0, 1)
+    )
     save_character_tokenizer(first)
     return first, second
 

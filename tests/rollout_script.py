@@ -1,0 +1,85 @@
+"""python rollout_script.py PLACEMENT BACKEND MODEL_A MODEL_B [die]: what needs a process of its own (or two, by torchrun).
+
+Opens an engine on A, updates it to B and back, and prints one JSON line of what rank 0 saw. With `die` it then kills
+itself without a chance to clean up.
+"""
+
+import json
+import os
+import signal
+import sys
+from types import SimpleNamespace
+
+import torch
+from rollout_reference import CheckpointExporter, load_hf, make_prompts, max_error
+
+from mcore_rl.config import RolloutConfig, WeightSyncConfig
+from mcore_rl.rollout.vllm_engine import open_engine
+from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.types import SamplingParams
+
+placement, backend, model_a, model_b = sys.argv[1:5]
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+if world_size > 1:
+    torch.distributed.init_process_group("gloo")
+else:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+ranks = SimpleNamespace(rank=torch.distributed.get_rank(), world_size=world_size)
+environment = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LD_PRELOAD")}
+torch.manual_seed(5)
+expected_draw = torch.rand(1)
+torch.manual_seed(5)
+
+sync = WeightSyncConfig(backend=backend)
+engine = None
+if ranks.rank == 0:
+    engine = open_engine(
+        RolloutConfig(placement=placement, max_response_tokens=16, kv_cache_gb=0.05),
+        sync,
+        model_a,
+        "float32",
+        48,
+        world_size,
+        0,
+    )
+    prompts, params = make_prompts([5, 20, 31]), SamplingParams(n=2, max_tokens=16)
+    models = {folder: load_hf(folder) for folder in (model_a, model_b)}
+    report = {"errors": [max_error(models[model_a], engine.generate(prompts, params, seed=1))], "versions": []}
+exporters = {folder: CheckpointExporter(folder, ranks.rank, world_size) for folder in (model_a, model_b)}
+current = exporters[model_a]
+
+
+class Current:
+    """The exporter of whichever checkpoint is current."""
+
+    def metadata(self):
+        return current.metadata()
+
+    def write_into(self, views):
+        current.write_into(views)
+
+    def __iter__(self):
+        return iter(current)
+
+
+transfer = connect(engine, Current(), sync, ranks)
+for version, folder in enumerate((model_b, model_a, model_b), 1):
+    current = exporters[folder]
+    transfer.send(version)
+    if engine is not None:
+        groups = engine.generate(prompts, params, seed=version)
+        report["errors"].append(max_error(models[folder], groups))
+        report["versions"].append(groups[0].trajectories[0].policy_version)
+if engine is not None:
+    report["children"] = engine.child_pids
+    report["environment_kept"] = environment == {name: os.environ.get(name) for name in environment}
+    report["generator_kept"] = bool(torch.rand(1) == expected_draw)
+    if "die" in sys.argv:
+        print(json.dumps(report), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+transfer.close()
+if engine is not None:
+    engine.close()
+    report["group_kept"] = torch.distributed.is_initialized()
+    print(json.dumps(report), flush=True)
+torch.distributed.destroy_process_group()
