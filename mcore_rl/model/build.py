@@ -105,7 +105,8 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         cuda_graph_scope=[],  # the default value is a deprecated one
-        perform_initialization=True,  # all weights come from files, but this also marks the split ones: clipping counts those
+        # All weights come from files, but initialisation also marks the split ones, by which clipping counts them.
+        perform_initialization=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         add_bias_linear=False,

@@ -178,7 +178,7 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 class _GroupedLinear(MegatronModule):
     """One weight an expert, `weight0` .. `weight{N-1}`, as TransformerEngine's GroupedLinear: Megatron's TEGroupedMLP,
-    which is plain Python itself, works with either."""
+    which is plain Python itself, works with either. Weights are left as allocated: they come from files."""
 
     partition_dim: ClassVar[int]  # of the weight [out, in], over expert-tensor ranks
 
@@ -205,8 +205,6 @@ class _GroupedLinear(MegatronModule):
         for i in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.partition_dim, stride=stride)
-            if config.perform_initialization:
-                init_method(weight)
             # Also with one expert rank: Megatron then builds the same pair of optimizers (dense, expert) for every
             # layout, and a checkpoint can be loaded under another one.
             weight.allreduce = False

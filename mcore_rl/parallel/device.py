@@ -85,7 +85,7 @@ def install() -> bool:
     _check_version()
     if early := sorted(name for name in sys.modules if name.startswith("megatron.core")):
         raise RuntimeError(
-            f"{early[0]} was imported before mcore_rl.parallel, so it can no longer be adapted to this host without CUDA "
+            f"{early[0]} was imported before mcore_rl.parallel, so it can no longer be adapted to a host without CUDA "
             "or TransformerEngine; import mcore_rl.parallel before anything that imports megatron"
         )
     sys.meta_path.insert(0, _Finder(REWRITE_RULES if cpu else (), patches))
@@ -111,7 +111,9 @@ def _check_version() -> None:
 
 def _quiet_missing_packages() -> None:
     """Megatron warns on import about optional packages that a CPU host never has; nothing else is silenced."""
-    warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\.core\.")
+    warnings.filterwarnings(
+        "ignore", "(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\.core\."
+    )
     if not torch.cuda.is_available():
         # There is one generator on a CPU host, so the "GPU" context does move the CPU state (random.py:229).
         rng = logging.getLogger("megatron.core.tensor_parallel.random")

@@ -43,7 +43,9 @@ def one_rank():
 
 def current_device(without: str | None) -> Tensor:
     embedding = megatron("models.common.embeddings.rotary_pos_embedding", without)
-    return embedding.RotaryEmbedding(kv_channels=4, rotary_percent=1.0, cp_group=SimpleNamespace(size=lambda: 1)).inv_freq
+    return embedding.RotaryEmbedding(
+        kv_channels=4, rotary_percent=1.0, cp_group=SimpleNamespace(size=lambda: 1)
+    ).inv_freq
 
 
 def test_torch_cuda():
@@ -112,10 +114,12 @@ def test_cpu_generator():
 
 
 def test_splits_as_numpy():
-    splits = torch.tensor([2, 0, 5])
-    assert megatron("transformer.moe.moe_utils").maybe_move_tensor_to_cpu(splits, as_numpy=True).tolist() == [2, 0, 5]
-    assert not torch.is_tensor(megatron("transformer.moe.moe_utils").maybe_move_tensor_to_cpu(splits, as_numpy=True))
-    assert torch.is_tensor(megatron("transformer.moe.moe_utils", "splits_as_numpy").maybe_move_tensor_to_cpu(splits, True))
+    def moved(without: str | None):
+        moe_utils = megatron("transformer.moe.moe_utils", without)
+        return moe_utils.maybe_move_tensor_to_cpu(torch.tensor([2, 0, 5]), as_numpy=True)
+
+    assert not torch.is_tensor(moved(None)) and moved(None).tolist() == [2, 0, 5]
+    assert torch.is_tensor(moved("splits_as_numpy"))
 
 
 def test_router_gemm():
@@ -147,7 +151,9 @@ def trained_optimizer(one_rank, monkeypatch):
     def build(without: str | None):
         optimizers = megatron("optimizer.distrib_optimizer", without)
         monkeypatch.setattr("megatron.core.optimizer.DistributedOptimizer", optimizers.DistributedOptimizer)
-        model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), TwoWeights())
+        model = DistributedDataParallel(
+            config, DistributedDataParallelConfig(use_distributed_optimizer=True), TwoWeights()
+        )
         optimizer = get_megatron_optimizer(OptimizerConfig(lr=0.1, use_distributed_optimizer=True), [model])
         for _ in range(3):
             for weight in model.parameters():

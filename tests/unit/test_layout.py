@@ -38,7 +38,7 @@ def test_coords_are_those_of_megatron(layout):
 
 
 def test_coords_by_hand():
-    """tp=2, dp=2, pp=2 with experts over ep=2: rank 5 is tp 1 of dp 0 of stage 1, and holds the second half of experts."""
+    """tp=2, dp=2, pp=2, experts over ep=2: rank 5 is tp 1 of dp 0 of stage 1, and holds the second half of experts."""
     layout = ParallelLayout(tp=2, pp=2, ep=2, dp=2)
     assert layout.coords(5) == RankCoords(tp=1, cp=0, dp=0, pp=1, ep=1, etp=0, edp=0)
     assert layout.coords(6) == RankCoords(tp=0, cp=0, dp=1, pp=1, ep=0, etp=0, edp=1)
