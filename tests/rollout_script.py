@@ -1,4 +1,4 @@
-"""python rollout_script.py PLACEMENT BACKEND MODEL_A MODEL_B [die]: what needs a process of its own (or two, by torchrun).
+"""python rollout_script.py PLACEMENT BACKEND MODEL_A MODEL_B [die]: what needs a process of its own (or two: torchrun).
 
 Opens an engine on A, updates it to B and back, and prints one JSON line of what rank 0 saw. With `die` it then kills
 itself without a chance to clean up.

@@ -1,7 +1,8 @@
-"""A vLLM server as the rollout engine, by its HTTP routes. Start it with
+r"""A vLLM server as the rollout engine, by its HTTP routes. Start it with
 
     VLLM_SERVER_DEV_MODE=1 python -m vllm.entrypoints.openai.api_server --model MODEL --port 8000 \
-        --max-model-len 512 --logprobs-mode processed_logprobs --weight-transfer-config '{"backend": "nccl"}' \
+        --max-model-len 512 --enable-scale-out --logprobs-mode processed_logprobs \
+        --weight-transfer-config '{"backend": "nccl"}' \
         --worker-extension-cls mcore_rl.rollout.worker_extension.WorkerExtension
 
 and on CPU also `--weight-transfer-config '{"backend": "shm"}'` (or gloo for another host), `--enforce-eager`,
@@ -48,11 +49,12 @@ class ServerEngine:
         self._session.mount("https://", adapter)
         self.check_alive()
         facts = self.call_workers("rollout_facts")[0]
-        _check_facts(facts)
+        check_facts(facts)
         self.max_model_len = facts["max_model_len"]
         self.weight_backend = facts["weight_transfer"]
         self.num_workers = facts["num_workers"]
         self.trainer_host = _own_address(self.url)
+        self._sample(Prompt("probe", (0,), ""), SamplingParams(max_tokens=1), seed=0)
 
     @property
     def sync_client(self) -> _HttpSyncClient:
@@ -86,8 +88,11 @@ class ServerEngine:
             answer = self._session.post(f"{self.url}/{route}", json=body, params=query, timeout=timeout)
         except requests.RequestException as error:
             raise RolloutError(f"the vLLM server {self.url} failed during {route}: {error}") from error
-        if answer.status_code == 404:
-            raise ValueError(f"the vLLM server {self.url} has no route /{route}; start it with VLLM_SERVER_DEV_MODE=1")
+        if answer.status_code in (403, 404):
+            raise ValueError(
+                f"the vLLM server {self.url} does not serve /{route}; start it with VLLM_SERVER_DEV_MODE=1 in its "
+                "environment and with --enable-scale-out"
+            )
         if answer.status_code != 200:
             raise RolloutError(
                 f"the vLLM server {self.url} refused {route} ({answer.status_code}): {answer.text[:2000]}"
@@ -152,7 +157,8 @@ class _HttpSyncClient:
         self._engine.post("resume")
 
 
-def _check_facts(facts: dict[str, Any]) -> None:
+def check_facts(facts: dict[str, Any]) -> None:
+    """Raises ValueError naming the flag that the server was started without."""
     if facts["weight_transfer"] is None:
         raise ValueError(
             """the vLLM server cannot take weights; start it with --weight-transfer-config '{"backend": "shm"}'"""

@@ -49,7 +49,9 @@ def test_logprobs_are_of_the_distribution_that_was_sampled_from(rollout_engine, 
         probs = top.values.softmax(-1)
         probs = probs * (probs.cumsum(-1) - probs < 0.9)  # the smallest set of tokens that holds 0.9
         logprobs = (probs / probs.sum(-1, keepdim=True)).log()
-        for position, (token, logprob) in enumerate(zip(trajectory.response_ids, trajectory.rollout_logprobs)):
+        for position, (token, logprob) in enumerate(
+            zip(trajectory.response_ids, trajectory.rollout_logprobs, strict=True)
+        ):
             place = top.indices[position].tolist().index(token)
             assert logprob == pytest.approx(logprobs[position, place].item(), abs=TOLERANCE)
 
