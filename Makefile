@@ -16,7 +16,7 @@ install:  ## make the virtual environment of the CPU profile
 	@python3 tools/install.py $(VENV)
 
 demo: install  ## train the demo: SFT, then GRPO on two ranks; minutes on a CPU
-	@$(RUN) bash examples/demo.sh
+	@$(RUN) bash examples/demo/run.sh
 
 test: install  ## run the tests but for the slow ones
 	@$(RUN) python -m pytest -q

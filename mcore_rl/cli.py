@@ -7,7 +7,7 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -16,14 +16,16 @@ from mcore_rl.config import ParallelConfig, dump_config, load_config
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example examples/demo/grpo.yaml")]
-Overrides = Annotated[Optional[list[str]], typer.Argument(help="key.sub=value ...")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
 
 
 @app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc_per_node: Annotated[int, typer.Option(min=1, help="trainer ranks on this machine, started through torchrun")] = 1,
+    nproc_per_node: Annotated[
+        int, typer.Option(min=1, help="trainer ranks on this machine, started through torchrun")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option(help="print the resolved config and the layout, start nothing")] = False,
 ) -> None:
     """Train a policy as CONFIG says. More than one node: torchrun -m mcore_rl.train CONFIG ... (see docs)."""
@@ -88,7 +90,7 @@ def generate(
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
-    model: Annotated[Optional[Path], typer.Option(help="HF folder; default: the final policy of CONFIG's run")] = None,
+    model: Annotated[Path | None, typer.Option(help="HF folder; default: the final policy of CONFIG's run")] = None,
 ) -> None:
     """Score a HF folder on CONFIG's held-out prompts; one JSON object."""
     from mcore_rl.rollout.collect import evaluate as evaluate_policy
@@ -98,7 +100,8 @@ def evaluate(
     path = str(model or asked.run_dir / "hf")
     # the trainer's layout plays no part here: one engine answers
     plan = make_plan(
-        asked.model_copy(update={"model": asked.model.model_copy(update={"path": path}), "parallel": ParallelConfig()}), 1
+        asked.model_copy(update={"model": asked.model.model_copy(update={"path": path}), "parallel": ParallelConfig()}),
+        1,
     )
     with closing(open_plan_engine(plan)) as engine:
         result = evaluate_policy(

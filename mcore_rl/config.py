@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,8 +80,12 @@ class RolloutConfig(Section):
 
 
 class WeightSyncConfig(Section):
-    backend: Literal["auto", "shm", "gloo", "nccl", "ipc"] = "auto"  # auto: shm on CPU; on GPU ipc if colocated, else nccl
-    probe_prompts: int = Field(8, ge=0)  # sequences generated after each sync and scored by the trainer; 0: not verified
+    backend: Literal["auto", "shm", "gloo", "nccl", "ipc"] = (
+        "auto"  # auto: shm on CPU; on GPU ipc if colocated, else nccl
+    )
+    probe_prompts: int = Field(
+        8, ge=0
+    )  # sequences generated after each sync and scored by the trainer; 0: not verified
     probe_tokens: int = Field(16, ge=1)
     max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
 
@@ -129,7 +134,9 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     data: DataConfig = DataConfig()
-    reward: str | list[str] = "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added
+    reward: str | list[str] = (
+        "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added
+    )
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -148,14 +155,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"config file {str(path)!r} does not exist; pass the path of a YAML file such as examples/demo_grpo.yaml")
+        raise ValueError(
+            f"config file {str(path)!r} does not exist; pass the path of a YAML file such as examples/demo_grpo.yaml"
+        )
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key.sub=value")
     try:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except (OmegaConfBaseException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} with overrides {list(overrides)} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
@@ -181,7 +190,8 @@ def _explain(error: dict[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), allowed, n=1, cutoff=0.0)
-        return f"unknown key {where!r}; did you mean {'.'.join([*map(str, error['loc'][:-1]), near[0]])!r}? allowed: {', '.join(allowed)}"
+        meant = ".".join([*map(str, error["loc"][:-1]), near[0]])
+        return f"unknown key {where!r}; did you mean {meant!r}? allowed: {', '.join(allowed)}"
     if error["type"] == "missing":
         return f"missing key {where!r}; set it in the file or as {where}=VALUE"
     return f"{where}={error['input']!r}: {error['msg']}"

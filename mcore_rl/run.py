@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 
 from mcore_rl import algorithms
 from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.config import RunConfig
+from mcore_rl.config import RunConfig, dump_config
 from mcore_rl.data.tasks import Task, build_task
 from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
@@ -29,7 +29,7 @@ from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.types import SamplingParams
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter
 
@@ -79,14 +79,20 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     layout = ParallelLayout.from_config(config.parallel, world)
     hf_config = read_hf_config(config.model.path)
     layout.validate_model(hf_config)
+    check_hf(config.model.path, hf_config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     room = hf_config.max_position_embeddings - config.rollout.max_response_tokens
     if room < 1:
         raise ValueError(
-            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt: the model has "
-            f"{hf_config.max_position_embeddings} positions; lower it"
+            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt: "
+            f"the model has {hf_config.max_position_embeddings} positions; lower it"
         )
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
+    if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
+        raise ValueError(
+            "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
+            "Adam only; set optimizer.name=adam or parallel.distributed_optimizer=false"
+        )
     if config.rollout.placement == "in_process" and world > 1:
         raise ValueError(f"rollout.placement='in_process' needs one trainer rank, got {world}; use 'child' or 'auto'")
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
@@ -182,11 +188,14 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
         config.weight_sync,
         model_path=config.model.path,
         model_dtype=config.model.dtype,
-        max_prompt_tokens=plan.task.max_prompt_tokens or plan.hf_config.max_position_embeddings - config.rollout.max_response_tokens,
+        max_prompt_tokens=plan.task.max_prompt_tokens
+        or plan.hf_config.max_position_embeddings - config.rollout.max_response_tokens,
         world_size=plan.layout.world_size,
         seed=config.seed,
     )
 
 
 def _open_log(plan: Plan, start: Progress) -> RunLog:
+    plan.config.run_dir.mkdir(parents=True, exist_ok=True)
+    (plan.config.run_dir / "config.yaml").write_text(dump_config(plan.config))
     return RunLog(plan.config.run_dir, plan.config, resume_step=start.step if plan.config.resume else None)

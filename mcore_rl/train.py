@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 
 from mcore_rl.config import RunConfig, load_config
-from mcore_rl.data.packing import Sample, pack_mini_batch, samples_of, split_mini_batches
+from mcore_rl.data.packing import Sample, pack_mini_batch, pad, samples_of, split_mini_batches
 from mcore_rl.metrics import Timers, progress_display
 from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.model.forward import forward_backward, forward_only
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
+from mcore_rl.parallel.groups import explain_timeouts
 from mcore_rl.report import write_report
-from mcore_rl.rollout.collect import collect, evaluate as evaluate_policy
+from mcore_rl.rollout.collect import collect
+from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.run import (
     Run,
     check_run_folder,
@@ -41,39 +43,40 @@ MiniBatches = list[list[PackedBatch]]
 def train(config: RunConfig) -> Path:
     """Run a configuration to its end and return the run's folder. Called on every rank."""
     check_run_folder(config)
-    with open_run(make_plan(config, world_size())) as run:
+    with explain_timeouts(config.parallel.timeout_s), open_run(make_plan(config, world_size())) as run:
         rl = run.plan.algorithm.needs_rollouts
         done = run.start
         sync_weights(run, done.policy_version)
         if done.step == 0:
             log_step(run, 0, evaluate(run))
+        timers = Timers()
         with progress_display(config, done.step, enabled=run.log is not None) as display:
             while done.step < config.steps:
-                timers = Timers()
                 with timers("collect"):
                     samples, prompts_used, collected = (collect_rollouts if rl else read_examples)(run, done)
                 with timers("pack"):
                     mini_batches = pack(run, samples, done.step, config.batch.mini_batches)
                 with timers("score"):
-                    mini_batches, mismatch = score_old(run, mini_batches) if rl else (mini_batches, {})
+                    mini_batches, compared = score_old(run, mini_batches) if rl else (mini_batches, {})
                 with timers("update"):
                     updated = update(run, mini_batches)
                 done = Progress(done.step + 1, done.prompts_seen + prompts_used, done.policy_version + 1)
-                metrics = {**collected, **mismatch, **updated}
+                metrics = {**collected, **compared, **updated}
                 if rl or due(config, config.evaluate.every, done.step):
                     with timers("sync"):
                         metrics |= sync_weights(run, done.policy_version)
                 if due(config, config.evaluate.every, done.step):
                     with timers("evaluate"):
                         metrics |= evaluate(run)
-                stop = metrics.get("eval/accuracy", -1.0) >= (config.evaluate.stop_at_accuracy or 2.0)
-                if stop or due(config, config.checkpoint.every, done.step):
-                    with timers("checkpoint"):
-                        checkpoint(run, done)
                 metrics["train/tokens_per_s"] = metrics.pop("num_positions") / timers.seconds["update"]
                 metrics |= timers.metrics()
                 log_step(run, done.step, metrics)
                 display.update(done.step, metrics)
+                timers = Timers()  # what saving takes is logged with the next step
+                stop = metrics.get("eval/accuracy", -1.0) >= (config.evaluate.stop_at_accuracy or 2.0)
+                if stop or due(config, config.checkpoint.every, done.step):
+                    with timers("checkpoint"):
+                        checkpoint(run, done)
                 if stop:
                     break
         finish(run)
@@ -132,21 +135,22 @@ def pack(run: Run, samples: list[Sample], step: int, mini_batches: int) -> MiniB
     """[mini_batch][micro_batch] of this rank, with the loss weights of each global mini-batch."""
     config, layout = run.plan.config, run.groups.layout
     parts = split_mini_batches(len(samples), mini_batches, step_seed(config, step))
-    return [
-        [
-            batch.to(run.groups.device)
-            for batch in pack_mini_batch(
-                [samples[i] for i in part],
-                run.plan.algorithm,
-                rank=run.groups.coords.dp,
-                num_ranks=layout.dp,
-                budget=config.batch.micro_batch_tokens,
-                max_response=config.rollout.max_response_tokens,
-                multiple=layout.tp,
-            )
-        ]
+    packed = [
+        pack_mini_batch(
+            [samples[i] for i in part],
+            run.plan.algorithm,
+            rank=run.groups.coords.dp,
+            num_ranks=layout.dp,
+            budget=config.batch.micro_batch_tokens,
+            max_response=config.rollout.max_response_tokens,
+            multiple=layout.tp,
+            rounds=layout.pp if layout.vpp > 1 else 1,
+        )
         for part in parts
     ]
+    # pipeline stages exchange tensors of one shape
+    longest = max(b.token_ids.numel() for part in packed for b in part) if layout.pp > 1 else 1
+    return [[pad(b, longest).to(run.groups.device) for b in part] for part in packed]
 
 
 def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics]:
@@ -214,7 +218,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
     metrics = {"weight_sync/seconds": time.perf_counter() - start}
     if config.weight_sync.probe_prompts == 0:
         return metrics
-    params = SamplingParams(temperature=config.rollout.temperature, max_tokens=config.weight_sync.probe_tokens)
+    length = min(config.weight_sync.probe_tokens, config.rollout.max_response_tokens)
+    params = SamplingParams(temperature=config.rollout.temperature, max_tokens=length)
     prompts = run.plan.task.eval_prompts(config.weight_sync.probe_prompts)
     groups = on_rank_0(run.groups, lambda: run.engine.generate(prompts, params, seed=config.seed))
     samples = [
@@ -228,8 +233,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
     worst = max_over_ranks(run.groups, max((d.max().item() for d in diffs if d.numel()), default=0.0))
     if not worst <= config.weight_sync.max_logprob_diff:
         raise RuntimeError(
-            f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's log-probs "
-            f"differ from the trainer's by up to {worst:.3g}, allowed is weight_sync.max_logprob_diff="
+            f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's "
+            f"log-probs differ from the trainer's by up to {worst:.3g}, allowed is weight_sync.max_logprob_diff="
             f"{config.weight_sync.max_logprob_diff:g}. fp32 differs by about 1e-5, bf16 by up to 1"
         )
     return {**metrics, "weight_sync/logprob_max_diff": worst}
@@ -251,7 +256,9 @@ def evaluate(run: Run) -> Metrics:
 def checkpoint(run: Run, done: Progress) -> None:
     """Write checkpoints/step_N."""
     config = run.plan.config
-    save_checkpoint(config.run_dir / "checkpoints", run.training, run.groups, done, keep_last=config.checkpoint.keep_last)
+    save_checkpoint(
+        config.run_dir / "checkpoints", run.training, run.groups, done, keep_last=config.checkpoint.keep_last
+    )
 
 
 def log_step(run: Run, step: int, metrics: Metrics) -> None:

@@ -101,3 +101,11 @@ def rollout_engine(rollout_dirs):
     )
     yield engine
     engine.close()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` need a CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))

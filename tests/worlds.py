@@ -1,4 +1,4 @@
-"""Start torchrun once and let its ranks live through several worlds (layouts) after each other: starting is what costs."""
+"""Start torchrun once and let its ranks live through several worlds (layouts): starting them is what costs."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Write the demo's policy: a Qwen3-MoE of 0.86M parameters with random weights and a character tokenizer.
 
-    python -m tools.make_demo_model runs/demo/model --seed 0
+python -m tools.make_demo_model runs/demo/model --seed 0
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The folder is the registry: a file `name.py` that defines one `Algorithm` is the algorithm `name`.
 
-    from mcore_rl.algorithms import available, load
-    grpo = load("grpo", clip_high=0.28)
+from mcore_rl.algorithms import available, load
+grpo = load("grpo", clip_high=0.28)
 """
 
 from __future__ import annotations
@@ -37,14 +37,20 @@ def load(name: str, **fields: Any) -> Algorithm:
     for key, value in fields.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"algorithm {name!r} has no field {key!r}; did you mean {near!r}? fields: {', '.join(known)}")
+            raise ValueError(
+                f"algorithm {name!r} has no field {key!r}; did you mean {near!r}? fields: {', '.join(known)}"
+            )
         fields[key] = _coerce(f"algorithm.{key}", value, types[key])
     return cls(**fields)
 
 
 def _class_of(name: str) -> type[Algorithm]:
     module = importlib.import_module(f"{__name__}.{name}")
-    found = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__ and issubclass(c, Algorithm)]
+    found = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type) and c.__module__ == module.__name__ and issubclass(c, Algorithm)
+    ]
     assert len(found) == 1, f"{module.__name__} must define exactly one Algorithm, found {found}"
     return found[0]
 

@@ -104,9 +104,7 @@ class GroupAlgorithm(Algorithm):
     advantage_eps: float = 1e-6
 
     def advantages(self, group: RolloutGroup) -> Tensor:
-        return group_advantages(
-            group.rewards, normalise_std=self.normalise_std, ddof=self.ddof, eps=self.advantage_eps
-        )
+        return group_advantages(group.rewards, normalise_std=self.normalise_std, ddof=self.ddof, eps=self.advantage_eps)
 
 
 def _blank_masked(batch: PackedBatch, out: PolicyOutput) -> tuple[PackedBatch, PolicyOutput]:

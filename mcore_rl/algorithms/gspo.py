@@ -13,7 +13,7 @@ from mcore_rl.types import PackedBatch, PolicyOutput
 
 @dataclass(frozen=True)
 class GSPO(GroupAlgorithm):
-    """J = mean_i min(s_i A_i, clip(s_i) A_i), s_i = exp(mean_t log r_t): the geometric mean of the token ratios (eq. 5-7).
+    """J = mean_i min(s_i A_i, clip(s_i) A_i) with s_i = exp(mean_t log r_t), the geometric mean of token ratios.
 
     Attributes:
         clip_low, clip_high: three orders of magnitude below a token clip; they suit answers of thousands of tokens and

@@ -16,8 +16,8 @@ from mcore_rl.types import PackedBatch, PolicyOutput
 class SAPO(GroupAlgorithm):
     """J = mean_i mean_t f(r_t) A, f(r) = (4 / tau) sigmoid(tau (r - 1)).
 
-    The coefficient of a token is A r sech^2(tau (r - 1) / 2): A at r = 1, falling smoothly on both sides, never exactly 0.
-    The value at r = 1 is 2 A / tau, so losses of different tau cannot be compared, gradients can.
+    The coefficient of a token is A r sech^2(tau (r - 1) / 2): A at r = 1, falling smoothly on both sides.
+    The value at r = 1 is 2 A / tau: losses of different tau cannot be compared, gradients can.
 
     Attributes:
         tau_positive, tau_negative: temperature of the gate for A > 0 and for the rest.

@@ -7,7 +7,7 @@ agreed on by communication. Loss weights are fixed here, over the global mini-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -59,28 +59,32 @@ def split_mini_batches(count: int, mini_batches: int, seed: int) -> list[list[in
         ValueError: fewer samples than mini-batches.
     """
     if count < mini_batches:
-        raise ValueError(f"{count} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step")
+        raise ValueError(
+            f"{count} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step"
+        )
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     bounds = [count * i // mini_batches for i in range(mini_batches + 1)]
     return [order[a:b] for a, b in zip(bounds, bounds[1:])]
 
 
-def balance(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+def balance(lengths: Sequence[int], num_ranks: int, budget: int, rounds: int = 1) -> list[list[list[int]]]:
     """Spread sequences over ranks and micro-batches: longest first, each into the emptiest bin.
 
     Args:
         lengths: positions of each sequence.
         num_ranks: data-parallel ranks.
         budget: positions of one micro-batch; a longer sequence has a micro-batch of its own.
+        rounds: the number of micro-batches is a multiple of this.
 
     Returns:
-        [rank][micro_batch] -> indices into `lengths`; every rank has the same number of micro-batches, some may be empty
+        [rank][micro_batch] -> indices into `lengths`; every rank has as many micro-batches, some of them empty
         where there are fewer sequences than bins.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     limit = max(budget, max(lengths, default=0))
     per_rank = max(1, -(-sum(lengths) // (limit * num_ranks)))
     while True:
+        per_rank = -(-per_rank // rounds) * rounds
         bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
         fill = [0] * len(bins)
         for i in order:
@@ -101,6 +105,7 @@ def pack_mini_batch(
     budget: int,
     max_response: int,
     multiple: int = 1,
+    rounds: int = 1,
 ) -> list[PackedBatch]:
     """This rank's micro-batches of one global mini-batch.
 
@@ -110,14 +115,17 @@ def pack_mini_batch(
         budget: positions of one micro-batch.
         max_response: longest response allowed, the constant of `aggregation="constant"`.
         multiple: micro-batches are filled up to a multiple of this (sequence parallelism cuts them into tp parts).
+        rounds: their number is a multiple of this (the interleaved pipeline schedule works in rounds of pp).
     """
     lengths = torch.tensor([s.num_response for s in samples])
     weights = sequence_weights(lengths, algorithm.aggregation, max_length=max_response).tolist()
-    mine = balance([s.positions for s in samples], num_ranks, budget)[rank]
+    mine = balance([s.positions for s in samples], num_ranks, budget, rounds)[rank]
     # a bin without a sequence still takes part in every collective: one sequence of weight 0
     shortest = min(range(len(samples)), key=lambda i: samples[i].positions)
     return [
-        pack([samples[i] for i in b] or [_untrained(samples[shortest])], [weights[i] for i in b] or [0.0], multiple)
+        pad(
+            pack([samples[i] for i in b] or [_untrained(samples[shortest])], [weights[i] for i in b] or [0.0]), multiple
+        )
         for b in mine
     ]
 
@@ -126,15 +134,25 @@ def _untrained(sample: Sample) -> Sample:
     return replace(sample, num_response=0, rollout_logprobs=())
 
 
-def pack(samples: Sequence[Sample], weights: Sequence[float], multiple: int = 1) -> PackedBatch:
-    """Lay sequences end to end; `weights` holds the loss weight of a response token of each.
+def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """The batch with one more segment, without loss tokens, that fills its positions up to a multiple of `multiple`."""
+    total = batch.token_ids.numel()
+    missing = -total % multiple
+    if missing == 0:
+        return batch
+    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, ())], [0.0])
+    joined = {
+        f.name: torch.cat([getattr(batch, f.name), getattr(filler, f.name)])
+        for f in fields(batch)
+        if getattr(batch, f.name) is not None
+    }
+    joined["segment_ids"][total:] += batch.cu_seqlens.numel() - 1
+    joined["cu_seqlens"] = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing])
+    return PackedBatch(**joined)
 
-    Where the positions are no multiple of `multiple`, one more segment without loss tokens fills them up.
-    """
-    missing = -sum(s.positions for s in samples) % multiple
-    if missing:
-        samples = [*samples, Sample((0,) * (missing + 1), 0, 0.0, ())]
-        weights = [*weights, 0.0]
+
+def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
+    """Lay sequences end to end; `weights` holds the loss weight of a response token of each."""
     positions = [s.positions for s in samples]
     total = sum(positions)
     segment_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(positions))

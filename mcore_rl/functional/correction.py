@@ -10,7 +10,15 @@ from torch import Tensor
 
 from mcore_rl.functional.policy import sequence_mean
 
-CORRECTIONS = ("none", "tis_token", "icepop_token", "mask_seq_geo", "tis_seq_geo", "mask_seq_product", "tis_seq_product")
+CORRECTIONS = (
+    "none",
+    "tis_token",
+    "icepop_token",
+    "mask_seq_geo",
+    "tis_seq_geo",
+    "mask_seq_product",
+    "tis_seq_product",
+)
 
 
 def correction_weights(
@@ -22,7 +30,7 @@ def correction_weights(
         log_rho: [T] log pi_old - log mu, 0 where `mask` is False.
         mask: [T] bool. segment_ids: [T] int64.
         kind: none 1; tis_token min(rho, high); icepop_token rho where low <= rho <= high, else 0 (Ring-1T,
-            arXiv 2510.18855); *_seq_geo the same with the geometric mean of a sequence's rho in place of rho, *_seq_product
+            arXiv 2510.18855); *_seq_geo the same with the geometric mean of a sequence's rho for rho, *_seq_product
             with its product; tis truncates at `high`, mask zeroes outside [low, high] and keeps weight 1 inside.
 
     Returns:

@@ -98,7 +98,6 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
         sequence_parallel=layout.tp > 1,
         # Packed micro-batches differ in length: in time between pipeline stages, and between data-parallel ranks, which
         # only this dispatcher allows. Megatron wants it named for dense models too.
-        variable_seq_lengths=layout.pp > 1,
         moe_token_dispatcher_type="alltoall",
         batch_p2p_comm=torch.cuda.is_available(),  # gloo has no batched send and receive
         params_dtype=dtype,

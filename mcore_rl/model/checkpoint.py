@@ -1,7 +1,7 @@
 """Training checkpoints: Megatron's torch_dist format plus the loop's own counters, written beside and renamed.
 
-    checkpoints/step_000040/    complete, or not there at all
-    checkpoints/step_000050.tmp what a crash leaves; removed by the next save
+checkpoints/step_000040/    complete, or not there at all
+checkpoints/step_000050.tmp what a crash leaves; removed by the next save
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import mcore_rl.parallel  # noqa: F401  installs the CPU backend before megatron is imported
 
 import torch
 import torch.distributed as dist

@@ -26,7 +26,7 @@ def on_rank_0(groups: Groups, work: Callable[[], T]) -> T:
     if groups.rank == 0:
         try:
             outcome = [(True, work())]
-        except Exception as error:  # re-raised below, here and on every other rank
+        except Exception as error:  # noqa: BLE001  raised again below, here and on every other rank
             outcome = [(False, _sendable(error))]
     dist.broadcast_object_list(outcome, src=0)
     ok, value = outcome[0]

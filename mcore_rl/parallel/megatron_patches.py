@@ -6,6 +6,7 @@ One function a patch; it receives the module it names right after that module wa
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable
 from types import ModuleType
 from typing import Protocol
@@ -123,5 +124,13 @@ def adam_step_unshared(distrib_optimizer: ModuleType) -> None:
     cls.load_state_dict = load_state_dict
 
 
-WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather)
+@_patches("megatron.core.dist_checkpointing.strategies.filesystem_async")
+def no_manager_process(filesystem_async: ModuleType) -> None:
+    """filesystem_async.py:51 passes the results of writing through a spawned Manager process, which imports the main
+    module again: seven seconds a rank at the first checkpoint. Saves here are synchronous; a queue of this process does."""
+    results: queue.Queue = queue.Queue()
+    filesystem_async._get_write_results_queue = lambda: results
+
+
+WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather, no_manager_process)
 WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (router_gemm, adam_step_restored, adam_step_unshared)

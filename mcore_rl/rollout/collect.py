@@ -63,8 +63,8 @@ def collect(
         if len(kept) >= num_prompts:
             return Collected(tuple(kept[:num_prompts]), tuple(raw), used)
     raise ValueError(
-        f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the responses "
-        "of too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
+        f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the "
+        "responses of too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
     )
 
 
@@ -82,9 +82,7 @@ def evaluate(
 
 def score(group: RolloutGroup, reward: Reward) -> RolloutGroup:
     """The group with the reward of every trajectory filled in."""
-    return replace(
-        group, trajectories=tuple(replace(t, reward=reward(group.prompt, t)) for t in group.trajectories)
-    )
+    return replace(group, trajectories=tuple(replace(t, reward=reward(group.prompt, t)) for t in group.trajectories))
 
 
 def _shape(group: RolloutGroup, algorithm: Algorithm) -> RolloutGroup:

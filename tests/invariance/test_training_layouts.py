@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from worlds import each_world, run_worlds, slug
 
 ALGORITHMS_KL = 0.05  # every algorithm is run with KL and entropy terms, so that those are compared too
@@ -32,12 +31,15 @@ CASES = {
         dict(layout=dict(tp=2, ep=2), budget=60),
         dict(layout=dict(tp=2, ep=1, etp=2), budget=60),
         dict(layout=dict(pp=2), budget=60),
+        dict(layout=dict(pp=2, vpp=2), budget=60),
     ],
 }
 
 
 def name_of(case: dict) -> str:
-    return "-".join([slug(case["layout"]), *(f"{k}_{v}" for k, v in case.items() if k not in ("layout", "out", "source"))])
+    return "-".join(
+        [slug(case["layout"]), *(f"{k}_{v}" for k, v in case.items() if k not in ("layout", "out", "source"))]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- one rank of one case
@@ -47,7 +49,7 @@ def run_case(case: dict, groups) -> None:
     from mcore_rl import algorithms
     from mcore_rl.algorithms.base import GroupAlgorithm
     from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-    from mcore_rl.data.packing import pack_mini_batch
+    from mcore_rl.data.packing import pack_mini_batch, pad
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy, forward_backward, forward_only
     from mcore_rl.model.optimizer import build_training
@@ -73,8 +75,10 @@ def run_case(case: dict, groups) -> None:
     def batches(algorithm) -> list:
         packed = pack_mini_batch(
             make_samples(), algorithm, rank=groups.coords.dp, num_ranks=groups.layout.dp, budget=case["budget"],
-            max_response=16, multiple=groups.layout.tp,
+            max_response=16, multiple=groups.layout.tp, rounds=groups.layout.pp if groups.layout.vpp > 1 else 1,
         )  # fmt: skip
+        longest = max(b.token_ids.numel() for b in packed) if groups.layout.pp > 1 else 1
+        packed = [pad(b, longest) for b in packed]
         return [replace(b, old_logprobs=b.rollout_logprobs, ref_logprobs=b.rollout_logprobs + 0.1) for b in packed]
 
     def accumulate(algorithm) -> dict[str, float]:
@@ -86,7 +90,9 @@ def run_case(case: dict, groups) -> None:
                 sums[key] = sums.get(key, 0.0) + value.item()
         return sum_over_ranks(groups, sums, contributes=contributes)
 
-    results: dict = {"logprobs": gather_logprobs(policy, batches(algorithms.load("grpo")), forward_only, groups, contributes)}
+    results: dict = {
+        "logprobs": gather_logprobs(policy, batches(algorithms.load("grpo")), forward_only, groups, contributes)
+    }
     start = [p.data.clone() for c in chunks for p in c.parameters()]
     for name in algorithms.available():
         fields = dict(kl_coef=ALGORITHMS_KL, entropy_coef=0.01)
@@ -149,7 +155,10 @@ def outcomes(tiny_moe_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("training_layouts")
     for ranks, cases in CASES.items():
         run_worlds(
-            __file__, [c | dict(source=str(tiny_moe_dir), out=str(folder / name_of(c))) for c in cases], ranks, timeout_s=400
+            __file__,
+            [c | dict(source=str(tiny_moe_dir), out=str(folder / name_of(c))) for c in cases],
+            ranks,
+            timeout_s=400,
         )
     return {name_of(c): torch.load(folder / name_of(c), weights_only=False) for cases in CASES.values() for c in cases}
 

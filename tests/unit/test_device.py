@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -225,6 +226,18 @@ def python_process(command: list[str]) -> subprocess.CompletedProcess:
 
 def python(code: str) -> subprocess.CompletedProcess:
     return python_process([sys.executable, "-c", code])
+
+
+def test_no_manager_process():
+    def children() -> int:
+        return len(psutil.Process().children())
+
+    name, before = "dist_checkpointing.strategies.filesystem_async", children()
+    megatron(name)._get_write_results_queue().put("written")
+    assert children() == before
+    spawned = megatron(name, "no_manager_process")._get_write_results_queue()
+    assert children() > before
+    spawned._manager.shutdown()
 
 
 def test_megatron_before_the_backend_is_refused():

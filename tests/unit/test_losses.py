@@ -84,7 +84,11 @@ def test_cutting_the_batch_changes_nothing(name, aggregation):
     parts = []
     for i, n in enumerate(LENGTHS):
         rows = batch.segment_ids == i
-        cut = {f: getattr(batch, f)[rows] for f in batch.__dataclass_fields__ if f not in ("cu_seqlens",) and getattr(batch, f) is not None}
+        cut = {
+            f: getattr(batch, f)[rows]
+            for f in batch.__dataclass_fields__
+            if f not in ("cu_seqlens",) and getattr(batch, f) is not None
+        }
         cut["segment_ids"] = cut["segment_ids"] - i
         part = replace(batch, **cut, cu_seqlens=torch.tensor([0, n]).int())
         parts.append(algorithm.loss(part, PolicyOutput(out.logprobs[rows], out.entropy[rows])))
@@ -124,9 +128,16 @@ def test_sft_is_negative_log_likelihood():
     assert load("sft").loss(batch, out).loss.item() == pytest.approx(nll.item(), rel=1e-14)
 
 
-@pytest.mark.parametrize(("ratio", "advantage", "loss", "clipped"), [
-    (1.5, 1.0, -1.2, True), (0.5, 1.0, -0.5, False), (1.5, -1.0, 1.5, False), (0.5, -1.0, 0.8, True), (1.1, 2.0, -2.2, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (1.5, 1.0, -1.2, True),
+        (0.5, 1.0, -0.5, False),
+        (1.5, -1.0, 1.5, False),
+        (0.5, -1.0, 0.8, True),
+        (1.1, 2.0, -2.2, False),
+    ],
+)
 def test_clip_by_hand(ratio, advantage, loss, clipped):
     r, a = torch.tensor([ratio], dtype=F64), torch.tensor([advantage], dtype=F64)
     assert clipped_surrogate(r, a, 0.2, 0.2).item() == pytest.approx(loss)
@@ -140,7 +151,9 @@ def test_kl_estimators_by_enumeration():
     log_p = torch.log_softmax(logits, -1)
     p, d = log_p.exp(), log_p - ref
     kl = (p * d).sum()
-    reverse, forward = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (kl, (ref.exp() * (ref - log_p)).sum()))
+    reverse, forward = (
+        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (kl, (ref.exp() * (ref - log_p)).sum())
+    )
     fixed = p.detach()
     for estimator, expected in (("k1", torch.zeros(3, dtype=F64)), ("k2", reverse), ("k3", forward)):
         grad = torch.autograd.grad((fixed * kl_estimate(d, estimator)).sum(), logits, retain_graph=True)[0]
@@ -190,9 +203,15 @@ class TestGroupAdvantages:
 class TestWeights:
     N = torch.tensor([2, 6, 0])
 
-    @pytest.mark.parametrize(("aggregation", "expected"), [
-        ("token_mean", [1 / 8, 1 / 8, 0]), ("sequence_mean", [1 / 4, 1 / 12, 0]), ("sequence_sum", [1 / 2, 1 / 2, 0]), ("constant", [1 / 20, 1 / 20, 0]),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("aggregation", "expected"),
+        [
+            ("token_mean", [1 / 8, 1 / 8, 0]),
+            ("sequence_mean", [1 / 4, 1 / 12, 0]),
+            ("sequence_sum", [1 / 2, 1 / 2, 0]),
+            ("constant", [1 / 20, 1 / 20, 0]),
+        ],
+    )
     def test_by_hand(self, aggregation, expected):
         assert sequence_weights(self.N, aggregation, max_length=10).tolist() == pytest.approx(expected, rel=1e-14)
 
@@ -212,11 +231,18 @@ class TestRegistry:
         assert {"grpo", "sft"} <= set(available())
         assert all(isinstance(load(name), Algorithm) for name in available())
 
-    @pytest.mark.parametrize(("name", "fields", "message"), [
-        ("grppo", {}, "did you mean 'grpo'"), ("grpo", {"clip_hi": 1}, "did you mean 'clip_high'"), ("grpo", {"clip_low": "x"}, "expected float"),
-        ("grpo", {"kl_coef": -1.0}, ">= 0"), ("grpo", {"kl_estimator": "k4"}, "k1, k2, k3"), ("grpo", {"aggregation": "mean"}, "token_mean"),
-        ("grpo", {"clip_low": True}, "expected float"),
-    ])  # fmt: skip
+    @pytest.mark.parametrize(
+        ("name", "fields", "message"),
+        [
+            ("grppo", {}, "did you mean 'grpo'"),
+            ("grpo", {"clip_hi": 1}, "did you mean 'clip_high'"),
+            ("grpo", {"clip_low": "x"}, "expected float"),
+            ("grpo", {"kl_coef": -1.0}, ">= 0"),
+            ("grpo", {"kl_estimator": "k4"}, "k1, k2, k3"),
+            ("grpo", {"aggregation": "mean"}, "token_mean"),
+            ("grpo", {"clip_low": True}, "expected float"),
+        ],
+    )
     def test_mistakes(self, name, fields, message):
         with pytest.raises(ValueError, match=message):
             load(name, **fields)
@@ -225,4 +251,4 @@ class TestRegistry:
 def test_unscored_group_is_an_error():
     trajectory = Trajectory((1,), (2,), (-0.1,), "stop", 0)
     with pytest.raises(ValueError, match="unscored"):
-        RolloutGroup(Prompt("p/0", (1,), "x"), (trajectory,)).rewards
+        assert RolloutGroup(Prompt("p/0", (1,), "x"), (trajectory,)).rewards is None

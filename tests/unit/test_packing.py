@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mcore_rl.algorithms import load
-from mcore_rl.data.packing import Sample, balance, pack, pack_mini_batch, samples_of, split_mini_batches
+from mcore_rl.data.packing import Sample, balance, pack, pack_mini_batch, pad, samples_of, split_mini_batches
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 
 
 def test_pack_by_hand():
-    batch = pack(
-        [Sample((5, 6, 7, 1), 2, 0.5, (-0.1, -0.2)), Sample((8, 9, 1), 1, -1.0, (-0.3,))], weights=[0.25, 0.5], multiple=4
+    packed = pack(
+        [Sample((5, 6, 7, 1), 2, 0.5, (-0.1, -0.2)), Sample((8, 9, 1), 1, -1.0, (-0.3,))], weights=[0.25, 0.5]
     )
+    assert packed.cu_seqlens.tolist() == [0, 3, 5] and pad(packed, 5) is packed
+    batch = pad(packed, 4)
     assert batch.token_ids.tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
     assert batch.targets.tolist() == [6, 7, 1, 9, 1, 0, 0, 0]
     assert batch.positions.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
@@ -53,7 +56,9 @@ def test_a_rank_without_sequences_takes_part_with_weight_zero():
 def test_weights_do_not_depend_on_the_cut(ranks, budget):
     samples = [Sample(tuple(range(n + 3)), n, 1.0, (-0.5,) * n) for n in (1, 4, 2, 7, 3)]
     batches = [
-        b for r in range(ranks) for b in pack_mini_batch(samples, load("grpo"), rank=r, num_ranks=ranks, budget=budget, max_response=8)
+        b
+        for r in range(ranks)
+        for b in pack_mini_batch(samples, load("grpo"), rank=r, num_ranks=ranks, budget=budget, max_response=8)
     ]
     weights = torch.cat([b.weights for b in batches])
     assert weights.sum().item() == pytest.approx(1.0, rel=1e-6)
