@@ -127,7 +127,7 @@ def adam_step_unshared(distrib_optimizer: ModuleType) -> None:
 @_patches("megatron.core.dist_checkpointing.strategies.filesystem_async")
 def no_manager_process(filesystem_async: ModuleType) -> None:
     """filesystem_async.py:51 passes the results of writing through a spawned Manager process, which imports the main
-    module again: seven seconds a rank at the first checkpoint. Saves here are synchronous; a queue of this process does."""
+    module again: seven seconds a rank at the first checkpoint. Saves here are synchronous and need no other process."""
     results: queue.Queue = queue.Queue()
     filesystem_async._get_write_results_queue = lambda: results
 

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from unittest import mock
@@ -26,6 +27,7 @@ def prepare_environment(backend: str = "") -> None:
     """Variables that vLLM reads at import, where the user has not set them. Call before importing vllm."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", "`torch.distributed.reduce_op` is deprecated", FutureWarning)  # vLLM's imports
     if backend == "ipc":
         os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # IPC handles travel pickled
     if not torch.cuda.is_available():
@@ -39,7 +41,11 @@ def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
     A child must not see torchrun's: it would take itself for a trainer rank.
     """
     # 0 leaves the choice of thread or process to the caller's argument, and keeps the child from a child of its own.
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ENGINE_READY_TIMEOUT_S": str(int(timeout_s))}
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(timeout_s)),
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
+    }
     touched = (*TORCHRUN_VARIABLES, *variables, CHILD_FLAG, "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
     before = {name: os.environ.get(name) for name in touched}
     os.environ.update(variables)

@@ -23,6 +23,7 @@ from mcore_rl.rollout.engine import RolloutError, check_prompts, load_decoder, r
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 
 CONCURRENT_REQUESTS = 64
+GENERATE = "inference/v1/generate"  # token ids in, token ids and their log-probs out
 
 
 class ServerEngine:
@@ -81,9 +82,9 @@ class ServerEngine:
     def close(self) -> None:
         self._session.close()
 
-    def post(self, route: str, body: Any = None, timeout_s: float | None = -1.0, **query: str) -> Any:
+    def post(self, route: str, body: Any = None, **query: str) -> Any:
         """The JSON answer of one route. Raises RolloutError with the server's own words."""
-        timeout = self._timeout_s if timeout_s == -1.0 else timeout_s
+        timeout = None if route == GENERATE else self._timeout_s
         try:
             answer = self._session.post(f"{self.url}/{route}", json=body, params=query, timeout=timeout)
         except requests.RequestException as error:
@@ -113,7 +114,7 @@ class ServerEngine:
             "detokenize": bool(params.stop),
         }
         body = {"token_ids": list(prompt.token_ids), "sampling_params": sampling}
-        return self.post("inference/v1/generate", body, timeout_s=None)
+        return self.post(GENERATE, body)
 
     def _group(self, prompt: Prompt, choices: list[dict[str, Any]]) -> RolloutGroup:
         choices = sorted(choices, key=lambda choice: choice["index"])

@@ -67,8 +67,13 @@ def open_engine(
 def resolve_backend(backend: str, placement: str) -> str:
     """The weight-transfer backend that "auto" stands for.
 
-    A process cannot open CUDA IPC handles of its own, so an in-process engine gets its weights through shared memory.
+    Raises:
+        ValueError: the backend cannot work there. A process can neither open CUDA IPC handles of its own nor be two
+            ranks of an NCCL group on one GPU.
     """
+    if backend in ("nccl", "ipc") and (placement == "in_process" or not torch.cuda.is_available()):
+        where = "an engine in the trainer's process" if torch.cuda.is_available() else "a host without CUDA"
+        raise ValueError(f"weight_sync.backend={backend!r} does not work for {where}; use 'auto', 'shm' or 'gloo'")
     if backend != "auto":
         return backend
     if placement == "in_process" or not torch.cuda.is_available():
@@ -263,6 +268,7 @@ def _engine_arguments(
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=backend),
         disable_log_stats=True,
+        use_tqdm_on_load=False,
     )
     if not current_platform.is_cpu():
         return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization)
@@ -276,14 +282,20 @@ def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
     child = placement == "child"
     with isolation.start_environment(child, timeout_s):
         from vllm import EngineArgs
+        from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if not child and model_parallel_is_initialized():
+            raise ValueError(
+                "this process has an in-process engine already; close it first, or use rollout.placement='child'"
+            )
         with isolation.empty_main_module() if child else isolation.process_state_kept():
             try:
                 return LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=child)
-            except ValueError:
-                raise
             except Exception as error:
+                if not child:
+                    with isolation.default_group_kept():
+                        cleanup_dist_env_and_memory()
                 raise RolloutError(f"the rollout engine ({placement}) did not start: {error}") from error
 
 

@@ -50,7 +50,10 @@ class WorkerExtension:
 
     def metadata_problems(self, metadata: Metadata) -> list[str]:
         """Tensors that differ in name or shape from the checkpoint this worker was started with."""
-        return compare_with_checkpoint(metadata, self.vllm_config.model_config.model)
+        config = self.vllm_config.model_config
+        problems = compare_with_checkpoint(metadata, config.model)
+        tied = getattr(config.hf_text_config, "tie_word_embeddings", False)
+        return [p for p in problems if not (tied and p.startswith("lm_head.weight "))]
 
 
 def compare_with_checkpoint(metadata: Metadata, model_path: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What vLLM samples and reports, against Hugging Face in fp32."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -140,9 +141,17 @@ def test_a_prompt_that_does_not_fit_is_named_before_anything_is_sampled(rollout_
     rollout_engine.check_alive()
 
 
+def test_an_engine_goes_on_after_a_call_that_failed_half_way(rollout_engine):
+    prompts, params = make_prompts([5, 9]), SamplingParams(n=2, max_tokens=8)
+    expected = rollout_engine.generate(prompts, params, seed=0)
+    with pytest.raises(RolloutError, match="failed during generation.*out of vocabulary"):
+        rollout_engine.generate([*prompts, Prompt("unknown token", (5, 500), "")], params, seed=0)
+    assert rollout_engine.generate(prompts, params, seed=0) == expected
+
+
 def test_placement_mistakes():
-    def attempt(world_size=1, **rollout):
-        open_engine(RolloutConfig(**rollout), WeightSyncConfig(), "unused", "float32", 8, world_size, 0)
+    def attempt(world_size=1, backend="auto", **rollout):
+        open_engine(RolloutConfig(**rollout), WeightSyncConfig(backend=backend), "unused", "float32", 8, world_size, 0)
 
     with pytest.raises(ValueError, match="needs one trainer rank, got 2; use 'child'"):
         attempt(world_size=2, placement="in_process")
@@ -150,6 +159,21 @@ def test_placement_mistakes():
         attempt(placement="in_process", tensor_parallel_size=2)
     with pytest.raises(ValueError, match="needs rollout.server_url"):
         attempt(placement="server")
+    with pytest.raises(ValueError, match="weight_sync.backend='ipc' does not work for .*use 'auto', 'shm' or 'gloo'"):
+        attempt(backend="ipc")
+
+
+def test_one_in_process_engine_at_a_time(rollout_engine, rollout_dirs):
+    with pytest.raises(ValueError, match="has an in-process engine already"):
+        open_engine(RolloutConfig(), WeightSyncConfig(), str(rollout_dirs[0]), "float32", 8, 1, 0)
+
+
+def test_a_child_that_cannot_start(tmp_path, rollout_dirs):
+    (tmp_path / "config.json").write_text((rollout_dirs[0] / "config.json").read_text())
+    rollout = RolloutConfig(placement="child", kv_cache_gb=0.1, max_response_tokens=8)
+    with pytest.raises(RolloutError, match=r"rollout engine \(child\) did not start"):
+        open_engine(rollout, WeightSyncConfig(), str(tmp_path), "float32", 8, 1, 0)
+    assert not [c for c in multiprocessing.active_children() if "Engine" in c.name]
 
 
 def test_a_killed_child_is_reported_with_its_cause(rollout_dirs):
