@@ -1,0 +1,74 @@
+"""The documents say what is there: every configuration key and default, examples that load, code that runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from mcore_rl import algorithms
+from mcore_rl.config import RunConfig, load_config
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md")) + [ROOT / "README.md"]
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> dict[str, object]:
+    """Dotted key -> default (Ellipsis where it is required)."""
+    found: dict[str, object] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = ... if field.is_required() else field.default
+    return found
+
+
+def test_every_key_and_default_is_documented():
+    text = (ROOT / "docs/configuration.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", text, re.M))
+    assert rows.pop("algorithm.name") == "`grpo`"
+    known = keys(RunConfig)
+    known.pop("algorithm")
+    assert rows.keys() == known.keys()
+    for key, default in known.items():
+        written = rows[key].strip("`")
+        if default is ...:
+            assert written == "required", key
+        elif default is None:
+            assert written == "null", key
+        else:
+            assert written and type(default)(yaml.safe_load(written)) == default or float(written) == default, key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
+def test_examples_load(path):
+    config = load_config(path)
+    fields = dict(config.algorithm)
+    algorithms.load(fields.pop("name"), **fields)
+
+
+def blocks(language: str) -> list:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
+    return [pytest.param(code, id=f"{d.name}-{i}") for d in DOCS for i, code in enumerate(pattern.findall(d.read_text()))]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_in_documents_runs(code):
+    exec(compile(code, "document", "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks("yaml"))
+def test_yaml_in_documents_is_a_configuration(code, tmp_path):
+    (tmp_path / "config.yaml").write_text(code)
+    load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda p: p.name)
+def test_links_and_paths_exist(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:mcore_rl|moe|tools|examples|tests|docs)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
