@@ -29,6 +29,7 @@ from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.types import SamplingParams
+from mcore_rl.weights.families import is_scorer
 from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter
@@ -78,6 +79,8 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
     layout = ParallelLayout.from_config(config.parallel, world)
     hf_config = read_hf_config(config.model.path)
+    if is_scorer(hf_config):
+        raise ValueError(f"model.path={config.model.path!r} is a sequence classifier; a policy needs a ...ForCausalLM")
     layout.validate_model(hf_config)
     check_hf(config.model.path, hf_config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)

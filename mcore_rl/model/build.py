@@ -5,57 +5,25 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from mcore_rl.config import ModelConfig
+from mcore_rl.model.heads import PolicyModel, ScoreModel
 from mcore_rl.model.layers import RMSNorm, local_layer_spec
 from mcore_rl.parallel.device import has_transformer_engine
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
-
-
-class PolicyModel(GPTModel):
-    """One pipeline chunk of the policy. Ends in hidden states: logits exist only where log-probs are computed."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        """Hidden states of causal attention; a chunk after the first takes its input from `set_input_tensor`.
-
-        Args:
-            input_ids, position_ids: [b, s] int64; packed: [1, t], with positions that restart in every segment.
-            attention_mask: None, always: attention is causal.
-            packed_seq_params: `thd` segment bounds.
-        Returns:
-            [s, b, h], under sequence parallelism this rank's [s/tp, b, h]. Of the last chunk: after the final norm,
-            ready for `output_weight`; of others: what the next chunk takes.
-        """
-        return super().forward(input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params)
-
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
-
-    def output_weight(self) -> Tensor:
-        """[V/tp, h] output matrix of the last chunk, this rank's rows of the padded vocabulary."""
-        assert self.post_process, "only the last pipeline chunk has an output matrix"
-        tied = self.share_embeddings_and_output_weights
-        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+from mcore_rl.weights.families import is_scorer
 
 
 def read_hf_config(path: str | Path) -> PretrainedConfig:
@@ -129,8 +97,10 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups)
     """This rank's chunks, one a virtual pipeline stage, on `groups.device`; weights are to be filled from files.
 
     Parameters are created in `model.dtype` and inputs are integers, so no Float16Module is needed around them: they go
-    straight into Megatron's DistributedDataParallel. Rows that pad the vocabulary to a multiple of tp are zero.
+    straight into Megatron's DistributedDataParallel. Rows that pad the vocabulary to a multiple of tp are zero. The
+    configuration of a sequence classifier gives ScoreModels (see `heads.as_scorer`).
     """
+    make = partial(ScoreModel, num_labels=hf_config.num_labels) if is_scorer(hf_config) else PolicyModel
     config = transformer_config(hf_config, model, groups.layout)
     use_te = _use_transformer_engine(model)
     config.moe_grouped_gemm = use_te and config.num_moe_experts is not None
@@ -138,7 +108,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups)
     chunks = []
     for stage in range(vpp):
         vp_stage = stage if vpp > 1 else None
-        chunk = PolicyModel(
+        chunk = make(
             config,
             _block_spec(config, use_te, vp_stage),
             vocab_size=padded_vocab_size(hf_config, groups.layout),
@@ -211,7 +181,9 @@ def _qwen3_moe(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
 # Architecture name in config.json -> the TransformerConfig fields that come from it.
 FAMILIES: dict[str, Callable[[PretrainedConfig, ModelConfig], dict[str, Any]]] = {
     "Qwen3MoeForCausalLM": _qwen3_moe,
+    "Qwen3MoeForSequenceClassification": _qwen3_moe,
     "Qwen3ForCausalLM": _qwen3,
+    "Qwen3ForSequenceClassification": _qwen3,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -19,13 +20,21 @@ from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
 
 
+class Model(Protocol):
+    """A Megatron model of this rank and what is read off its hidden states."""
+
+    chunks: Sequence[Module]  # one a virtual pipeline stage, wrapped by DDP where it is trained
+    groups: Groups
+
+    def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
+        """From the last chunk's hidden states, [T, 1, D] or under sequence parallelism this rank's [T/tp, 1, D]."""
+
+
 @dataclass(frozen=True)
 class Policy:
-    """A Megatron model of this rank with what is needed to read log-probs from it.
+    """Reads log-probs and entropies of the positions that carry a loss; 0 elsewhere.
 
     Attributes:
-        chunks: one module a virtual pipeline stage, wrapped by DDP where it is trained.
-        groups: process groups and layout.
         vocab_size: of the HF model; the output matrix may be padded beyond it.
         temperature: of the sampling distribution; divides the logits here too.
         chunk_tokens: positions whose logits exist at once.
@@ -37,9 +46,47 @@ class Policy:
     temperature: float = 1.0
     chunk_tokens: int = 1024
 
+    def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
+        # both sum the gradients that the tensor ranks' vocabulary shares send back
+        if get_model_config(chunk).sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        rows = batch.loss_mask.nonzero()[:, 0]
+        logprobs, entropy = token_logprobs(
+            hidden[:, 0].index_select(0, rows),
+            get_attr_wrapped_model(chunk, "output_weight")(),
+            batch.targets[rows],
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            chunk_tokens=self.chunk_tokens,
+            tp_group=self.groups.tp if self.groups.layout.tp > 1 else None,
+        )
+        empty = logprobs.new_zeros(batch.targets.numel())
+        return PolicyOutput(empty.index_put((rows,), logprobs), empty.index_put((rows,), entropy))
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Reads one number a position from a model with a score head: a critic's values, a reward model's scores.
+
+    The value of position t is that of the state whose next token is `targets[t]`. `PolicyOutput.values` is [T] float32.
+    """
+
+    chunks: Sequence[Module]
+    groups: Groups
+
+    def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
+        if get_model_config(chunk).sequence_parallel:
+            # every tensor rank computes all of the head: their equal gradients are not to be summed
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        values = get_attr_wrapped_model(chunk, "score")(hidden[:, 0])[:, 0]
+        nothing = torch.zeros_like(values)
+        return PolicyOutput(nothing, nothing, values)
+
 
 def forward_backward(
-    policy: Policy, batches: Sequence[PackedBatch], loss: Callable[[PackedBatch, PolicyOutput], LossOutput]
+    model: Model, batches: Sequence[PackedBatch], loss: Callable[[PackedBatch, PolicyOutput], LossOutput]
 ) -> list[LossOutput]:
     """Accumulate the gradient of the sum of `loss` over all micro-batches and data-parallel ranks.
 
@@ -52,30 +99,30 @@ def forward_backward(
     """
     # The schedule divides a loss by the number of micro-batches and multiplies it by cp; DDP divides by dp * cp.
     # Our losses are shares that add up, so both averages are undone here.
-    scale = len(batches) * policy.groups.layout.dp
+    scale = len(batches) * model.groups.layout.dp
 
     def reduce(batch: PackedBatch, out: PolicyOutput):
         result = loss(batch, out)
         detached = LossOutput(result.loss.detach().clone(), result.metrics)
         return result.loss * scale, detached
 
-    return _run(policy, batches, reduce, forward_only=False)
+    return _run(model, batches, reduce, forward_only=False)
 
 
 @torch.no_grad()
-def forward_only(policy: Policy, batches: Sequence[PackedBatch]) -> list[PolicyOutput]:
-    """Log-probs and entropies of every micro-batch on the last pipeline stage, an empty list elsewhere."""
-    return _run(policy, batches, lambda batch, out: (out.logprobs.new_zeros(()), out), forward_only=True)
+def forward_only(model: Model, batches: Sequence[PackedBatch]) -> list[PolicyOutput]:
+    """What the model says of every micro-batch on the last pipeline stage, an empty list elsewhere."""
+    return _run(model, batches, lambda batch, out: (out.logprobs.new_zeros(()), out), forward_only=True)
 
 
-def _run(policy: Policy, batches: Sequence[PackedBatch], reduce: Callable, *, forward_only: bool) -> list:
-    for chunk in policy.chunks:
+def _run(model: Model, batches: Sequence[PackedBatch], reduce: Callable, *, forward_only: bool) -> list:
+    for chunk in model.chunks:
         chunk.train(not forward_only)
-    iterators = [iter(batches) for _ in policy.chunks]
+    iterators = [iter(batches) for _ in model.chunks]
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, policy, reduce),
+        forward_step_func=partial(_forward_step, model, reduce),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(policy.chunks) if len(policy.chunks) > 1 else policy.chunks[0],
+        model=list(model.chunks) if len(model.chunks) > 1 else model.chunks[0],
         num_microbatches=len(batches),
         seq_length=max(b.token_ids.numel() for b in batches),
         micro_batch_size=1,
@@ -83,7 +130,7 @@ def _run(policy: Policy, batches: Sequence[PackedBatch], reduce: Callable, *, fo
     )
 
 
-def _forward_step(policy: Policy, reduce: Callable, batches: Iterator[PackedBatch], chunk: Module):
+def _forward_step(model: Model, reduce: Callable, batches: Iterator[PackedBatch], chunk: Module):
     batch = next(batches)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
@@ -94,25 +141,4 @@ def _forward_step(policy: Policy, reduce: Callable, batches: Iterator[PackedBatc
         max_seqlen_kv=longest,
     )
     hidden = chunk(batch.token_ids[None], batch.positions[None], None, packed_seq_params=packed)
-    return hidden, lambda out: reduce(batch, _policy_output(policy, chunk, batch, out))
-
-
-def _policy_output(policy: Policy, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
-    """Log-probs of the positions that carry a loss; 0 everywhere else."""
-    # both sum the gradients that the tensor ranks' vocabulary shares send back
-    if get_model_config(chunk).sequence_parallel:
-        hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
-    else:
-        hidden = copy_to_tensor_model_parallel_region(hidden)
-    rows = batch.loss_mask.nonzero()[:, 0]
-    logprobs, entropy = token_logprobs(
-        hidden[:, 0].index_select(0, rows),
-        get_attr_wrapped_model(chunk, "output_weight")(),
-        batch.targets[rows],
-        vocab_size=policy.vocab_size,
-        temperature=policy.temperature,
-        chunk_tokens=policy.chunk_tokens,
-        tp_group=policy.groups.tp if policy.groups.layout.tp > 1 else None,
-    )
-    empty = logprobs.new_zeros(batch.targets.numel())
-    return PolicyOutput(empty.index_put((rows,), logprobs), empty.index_put((rows,), entropy))
+    return hidden, lambda out: reduce(batch, model.read(chunk, batch, out))

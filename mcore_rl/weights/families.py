@@ -144,10 +144,12 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def _ends(c: Any) -> tuple[list[Row], list[Row]]:
-    """Embedding, final norm and output layer; tied models have no lm_head on disk."""
+    """Embedding, final norm and output layer; tied models have no lm_head on disk, scorers a score head instead."""
     table = (c.vocab_size, c.hidden_size)
     first = [Row("embedding.word_embeddings.weight", {_EMBEDDING: table}, vocabulary)]
     norm = Row("decoder.final_layernorm.weight", {"model.norm.weight": (c.hidden_size,)}, whole)
+    if is_scorer(c):
+        return first, [norm, Row("output_layer.weight", {"score.weight": (c.num_labels, c.hidden_size)}, whole)]
     tied = bool(c.tie_word_embeddings)
     return first, [norm, Row("output_layer.weight", {_EMBEDDING if tied else _HEAD: table}, vocabulary, tied=tied)]
 
@@ -232,6 +234,11 @@ def family(hf_config: Any) -> Family:
     if build is None:
         raise ValueError(f"no weight table for model type {hf_config.model_type!r}; supported: {', '.join(FAMILIES)}")
     return build(hf_config)
+
+
+def is_scorer(hf_config: Any) -> bool:
+    """Whether the model is one of transformers' sequence classifiers."""
+    return (hf_config.architectures or [""])[0].endswith("ForSequenceClassification")
 
 
 def volume(box: Box) -> int:

@@ -51,7 +51,8 @@ def test_examples_load(path):
 
 def blocks(language: str) -> list:
     pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
-    return [pytest.param(code, id=f"{d.name}-{i}") for d in DOCS for i, code in enumerate(pattern.findall(d.read_text()))]
+    found = [(d.name, code) for d in DOCS for code in pattern.findall(d.read_text())]
+    return [pytest.param(code, id=f"{name}-{i}") for i, (name, code) in enumerate(found)]
 
 
 @pytest.mark.parametrize("code", blocks("python"))
