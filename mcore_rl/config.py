@@ -149,26 +149,36 @@ class RunConfig(Section):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a YAML file, lay `key.sub=value` overrides over it and validate.
 
+    `extends: other.yaml` in a file means: everything of that file (beside it) first, then what this one says.
+
     Raises:
-        ValueError: missing file, broken YAML, malformed override, unknown key (names the nearest), wrong type or
+        ValueError: missing file, files that extend each other in a circle, broken YAML, malformed override, unknown key (names the nearest), wrong type or
             value out of range (names the value got and what is allowed).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(
-            f"config file {str(path)!r} does not exist; pass the path of a YAML file such as examples/demo_grpo.yaml"
-        )
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key.sub=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(_read(Path(path)), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"config {str(path)!r} with overrides {list(overrides)} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config {str(path)!r} must be a mapping of sections, got {type(values).__name__}")
     return parse_config(values)
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> Any:
+    path = path.resolve()
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} does not exist; pass the path of a YAML file such as examples/demo/grpo.yaml")
+    if path in extending:
+        raise ValueError(f"{str(path)!r} extends itself, through {[p.name for p in extending]}; drop one 'extends'")
+    content = OmegaConf.load(path)
+    if not OmegaConf.is_dict(content) or "extends" not in content:
+        return content
+    base = _read(path.parent / content.pop("extends"), (*extending, path))
+    return OmegaConf.merge(base, content)
 
 
 def parse_config(values: dict[str, Any]) -> RunConfig:

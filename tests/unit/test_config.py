@@ -91,3 +91,17 @@ def test_a_config_cannot_be_changed():
     assert isinstance(config, RunConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.steps = 5
+
+
+def test_extends(tmp_path):
+    (tmp_path / "base.yaml").write_text("name: base\nsteps: 7\nmodel: {path: m}\noptimizer: {lr: 1.0e-3}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/child.yaml").write_text("extends: ../base.yaml\nname: child\noptimizer: {eps: 1.0e-4}\n")
+    config = load_config(tmp_path / "sub/child.yaml", ["steps=9"])
+    assert (config.name, config.steps, config.optimizer.lr, config.optimizer.eps) == ("child", 9, 1e-3, 1e-4)
+    (tmp_path / "base.yaml").write_text("extends: sub/child.yaml\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        load_config(tmp_path / "sub/child.yaml")
+    (tmp_path / "base.yaml").unlink()
+    with pytest.raises(ValueError, match="base.yaml.*does not exist"):
+        load_config(tmp_path / "sub/child.yaml")
