@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from mcore_rl.config import ParallelConfig, dump_config, load_config
+from mcore_rl.launch import exit_code, tell
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -42,9 +43,9 @@ def train(
 
         run(plan.config)
         return
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={nproc_per_node}", "-m", "mcore_rl.train"]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *torchrun, str(config), *(overrides or ())])
+    launch = [sys.executable, "-m", "mcore_rl.launch", str(nproc_per_node)]
+    os.execv(sys.executable, [*launch, str(config), *(overrides or ())])
 
 
 @app.command()
@@ -116,12 +117,12 @@ def evaluate(
 
 
 def main() -> None:
-    """Entry point of the console script; a user's mistake is one line on stderr and exit code 2."""
+    """Entry point of the console script; exit code 2 is a user's mistake, 1 a failure."""
     try:
         app()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except Exception as error:  # noqa: BLE001  told in words or with its traceback
+        tell(error)
+        raise SystemExit(exit_code(error)) from None
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from mcore_rl import algorithms
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig, dump_config
 from mcore_rl.data.tasks import Task, build_task
+from mcore_rl.launch import tell
 from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
@@ -21,7 +22,7 @@ from mcore_rl.model.forward import Policy
 from mcore_rl.model.optimizer import Training, build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0
-from mcore_rl.parallel.groups import Groups
+from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
@@ -103,7 +104,8 @@ def make_plan(config: RunConfig, world: int) -> Plan:
 
 def check_run_folder(config: RunConfig) -> None:
     """Raise ValueError where a new run would overwrite an old one."""
-    if (config.run_dir / "metrics.jsonl").exists() and not config.resume:
+    metrics = config.run_dir / "metrics.jsonl"
+    if not config.resume and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
             f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, "
             "choose another name=..., or remove it"
@@ -114,7 +116,7 @@ def check_run_folder(config: RunConfig) -> None:
 def open_run(plan: Plan) -> Iterator[Run]:
     """Start process groups, model, optimizer, engine and logs; close all of them whatever happens."""
     config = plan.config
-    with ExitStack() as stack:
+    with ExitStack() as stack, _failure_told_first(), explain_timeouts(config.parallel.timeout_s):
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
         chunks = _load_policy(plan, groups)
@@ -134,6 +136,18 @@ def open_run(plan: Plan) -> Iterator[Run]:
             stack.callback(log.close)
         policy = _policy(plan, groups, training.chunks)
         yield Run(plan, groups, training, policy, reference, exporter, engine, transfer, log, start)
+
+
+@contextmanager
+def _failure_told_first() -> Iterator[None]:
+    """Say why this rank fails before anything is closed: that takes a while, and torchrun ends a rank soon after any
+    other has ended.
+    """
+    try:
+        yield
+    except Exception as error:
+        tell(error)
+        raise
 
 
 def on_rank_0_only(groups: Groups, make):

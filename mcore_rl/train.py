@@ -15,11 +15,11 @@ import torch
 
 from mcore_rl.config import RunConfig, load_config
 from mcore_rl.data.packing import Sample, pack_mini_batch, pad, samples_of, split_mini_batches
+from mcore_rl.launch import exit_code, tell
 from mcore_rl.metrics import Timers, progress_display
 from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.model.forward import forward_backward, forward_only
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
-from mcore_rl.parallel.groups import explain_timeouts
 from mcore_rl.report import write_report
 from mcore_rl.rollout.collect import collect
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
@@ -43,7 +43,7 @@ MiniBatches = list[list[PackedBatch]]
 def train(config: RunConfig) -> Path:
     """Run a configuration to its end and return the run's folder. Called on every rank."""
     check_run_folder(config)
-    with explain_timeouts(config.parallel.timeout_s), open_run(make_plan(config, world_size())) as run:
+    with open_run(make_plan(config, world_size())) as run:
         rl = run.plan.algorithm.needs_rollouts
         done = run.start
         sync_weights(run, done.policy_version)
@@ -293,8 +293,9 @@ def main() -> None:
         raise SystemExit("usage: torchrun --nproc-per-node N -m mcore_rl.train CONFIG.yaml key.sub=value ...")
     try:
         train(load_config(arguments[0], arguments[1:]))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    except Exception as error:  # noqa: BLE001  told in words or with its traceback
+        tell(error)
+        raise SystemExit(exit_code(error)) from None
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def on_rank_0(groups: Groups, work: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     ok, value = outcome[0]
     if not ok:
+        value.told = groups.rank != 0  # rank 0 tells it to the user, once (mcore_rl.launch.tell)
         raise value
     return value
 
