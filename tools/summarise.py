@@ -47,9 +47,11 @@ def main() -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    table = Table(title="held-out accuracy, sampled")
-    for column in ("run", "steps", "accuracy", "reward", "worst sync difference", "minutes"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    table = Table(title="held-out accuracy, sampled", box=None, title_justify="left")
+    for column in ("run", "steps", "accuracy", "reward", "sync diff", "minutes"):
+        table.add_column(
+            column, justify="left" if column == "run" else "right", no_wrap=column != "run", overflow="fold"
+        )
     for r in rows:
         reward = "-" if r["reward_first"] != r["reward_first"] else f"{r['reward_first']:.2f} -> {r['reward_last']:.2f}"
         table.add_row(
