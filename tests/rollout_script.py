@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -62,6 +63,12 @@ class Current:
         return iter(current)
 
 
+def shared_files(pid):
+    """Names in /dev/shm that a process has mapped."""
+    maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return [line.split()[-1] for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
+
+
 transfer = connect(engine, Current(), sync, ranks)
 for version, folder in enumerate((model_b, model_a, model_b), 1):
     current = exporters[folder]
@@ -72,6 +79,7 @@ for version, folder in enumerate((model_b, model_a, model_b), 1):
         report["versions"].append(groups[0].trajectories[0].policy_version)
 if engine is not None:
     report["children"] = engine.child_pids
+    report["shared_files"] = [name for pid in (os.getpid(), *engine.child_pids) for name in shared_files(pid)]
     report["environment_kept"] = environment == {name: os.environ.get(name) for name in environment}
     report["generator_kept"] = bool(torch.rand(1) == expected_draw)
     if "die" in sys.argv:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import AutoTokenizer
 
-from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 
+Decoder = Callable[[Sequence[Sequence[int]]], list[str]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -112,9 +114,39 @@ def request_seeds(seed: int, num_prompts: int, n: int) -> list[int]:
     return [start + index * n for index in range(num_prompts)]
 
 
-def load_decoder(model_path: str) -> Callable[[Sequence[Sequence[int]]], list[str]] | None:
+def load_decoder(model_path: str) -> Decoder | None:
     """Token ids to text without special tokens, by the model folder's tokenizer; None where it has none."""
     if not any((Path(model_path) / name).exists() for name in TOKENIZER_FILES):
         return None
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     return lambda responses: tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One response as an engine returns it."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+
+
+def make_group(
+    prompt: Prompt, responses: Sequence[Sampled], decode: Decoder | None, policy_version: int
+) -> RolloutGroup:
+    """The unscored group of one prompt; texts are empty without a tokenizer."""
+    texts = decode([r.token_ids for r in responses]) if decode else [""] * len(responses)
+    return RolloutGroup(
+        prompt,
+        tuple(
+            Trajectory(
+                prompt_ids=prompt.token_ids,
+                response_ids=response.token_ids,
+                rollout_logprobs=response.logprobs,
+                finish_reason=response.finish_reason,
+                policy_version=policy_version,
+                text=text,
+            )
+            for response, text in zip(responses, texts, strict=True)
+        ),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import types
 import warnings
@@ -111,3 +112,10 @@ def default_group_kept() -> Iterator[None]:
 
     with mock.patch.object(torch.distributed, "destroy_process_group", destroy_subgroup):
         yield
+
+
+def exit_cause(exitcode: int | None) -> str:
+    """Why a child process ended, from `multiprocessing.Process.exitcode`."""
+    if exitcode is None or exitcode >= 0:
+        return f"exit status {exitcode}, its own message is in this process's error output"
+    return f"killed by {signal.Signals(-exitcode).name}" + (" (out of memory?)" if exitcode == -9 else "")

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from mcore_rl.rollout.engine import RolloutError, check_prompts, load_decoder, request_seeds
-from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
+from mcore_rl.rollout.engine import RolloutError, Sampled, check_prompts, load_decoder, make_group, request_seeds
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 
 CONCURRENT_REQUESTS = 64
 GENERATE = "inference/v1/generate"  # token ids in, token ids and their log-probs out
@@ -117,22 +117,15 @@ class ServerEngine:
         return self.post(GENERATE, body)
 
     def _group(self, prompt: Prompt, choices: list[dict[str, Any]]) -> RolloutGroup:
-        choices = sorted(choices, key=lambda choice: choice["index"])
-        texts = self._decode([c["token_ids"] for c in choices]) if self._decode else [""] * len(choices)
-        return RolloutGroup(
-            prompt,
-            tuple(
-                Trajectory(
-                    prompt_ids=prompt.token_ids,
-                    response_ids=tuple(c["token_ids"]),
-                    rollout_logprobs=tuple(at_token["logprob"] for at_token in c["logprobs"]["content"]),
-                    finish_reason=c["finish_reason"],
-                    policy_version=self.policy_version,
-                    text=text,
-                )
-                for c, text in zip(choices, texts, strict=True)
-            ),
-        )
+        responses = [
+            Sampled(
+                tuple(choice["token_ids"]),
+                tuple(at_token["logprob"] for at_token in choice["logprobs"]["content"]),
+                choice["finish_reason"],
+            )
+            for choice in sorted(choices, key=lambda choice: choice["index"])
+        ]
+        return make_group(prompt, responses, self._decode, self.policy_version)
 
 
 class _HttpSyncClient:

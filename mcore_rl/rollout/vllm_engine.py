@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing.connection
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,9 +13,17 @@ import torch
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout import isolation
-from mcore_rl.rollout.engine import RolloutEngine, RolloutError, check_prompts, load_decoder, request_seeds
+from mcore_rl.rollout.engine import (
+    RolloutEngine,
+    RolloutError,
+    Sampled,
+    check_prompts,
+    load_decoder,
+    make_group,
+    request_seeds,
+)
 from mcore_rl.rollout.server_engine import ServerEngine
-from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 
 WORKER_EXTENSION = "mcore_rl.rollout.worker_extension.WorkerExtension"
 MAX_BATCHED_TOKENS = 8192
@@ -146,7 +153,9 @@ class VLLMEngine:
             raise RolloutError("the rollout engine is closed")
         for process in self._children():
             if not process.is_alive():
-                raise RolloutError(f"the engine's process {process.pid} is dead: {_exit_cause(process.exitcode)}")
+                raise RolloutError(
+                    f"the engine's process {process.pid} is dead: {isolation.exit_cause(process.exitcode)}"
+                )
 
     def close(self) -> None:
         if self._closed:
@@ -187,24 +196,15 @@ class VLLMEngine:
         return [finished[i] for i in ids]
 
     def _group(self, prompt: Prompt, output: Any) -> RolloutGroup:
-        responses = sorted(output.outputs, key=lambda response: response.index)
-        texts = self._decode([r.token_ids for r in responses]) if self._decode else [""] * len(responses)
-        return RolloutGroup(
-            prompt,
-            tuple(
-                Trajectory(
-                    prompt_ids=prompt.token_ids,
-                    response_ids=tuple(r.token_ids),
-                    rollout_logprobs=tuple(
-                        at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)
-                    ),
-                    finish_reason=r.finish_reason,
-                    policy_version=self.policy_version,
-                    text=text,
-                )
-                for r, text in zip(responses, texts, strict=True)
-            ),
-        )
+        responses = [
+            Sampled(
+                tuple(r.token_ids),
+                tuple(at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)),
+                r.finish_reason,
+            )
+            for r in sorted(output.outputs, key=lambda response: response.index)
+        ]
+        return make_group(prompt, responses, self._decode, self.policy_version)
 
     @contextmanager
     def _dead_engine_explained(self, doing: str) -> Iterator[None]:
@@ -219,7 +219,7 @@ class VLLMEngine:
             for process in self._children():
                 process.join(timeout=1)  # its sockets close before its status can be read
                 if not process.is_alive():
-                    cause = _exit_cause(process.exitcode)
+                    cause = isolation.exit_cause(process.exitcode)
                     raise RolloutError(f"the engine's process {process.pid} died during {doing}: {cause}") from error
             raise RolloutError(f"the rollout engine failed during {doing}: {error}") from error
 
@@ -328,9 +328,3 @@ def _sampling(params: SamplingParams, seed: int) -> Any:
         detokenize=bool(params.stop),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _exit_cause(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"exit status {exitcode}, its own message is in this process's error output"
-    return f"killed by {signal.Signals(-exitcode).name}" + (" (out of memory?)" if exitcode == -9 else "")

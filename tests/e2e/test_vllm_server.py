@@ -43,6 +43,17 @@ def start_server(model: Path, log: Path) -> tuple[subprocess.Popen, str]:
     return process, f"http://127.0.0.1:{port}"
 
 
+def stop_group(process: subprocess.Popen) -> None:
+    """Ends the server and, where it was killed, the engine that it left behind."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+        for _ in range(300):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def open_on(url: str, model: Path):
     rollout = RolloutConfig(placement="server", server_url=url, startup_timeout_s=60)
     return open_engine(rollout, WeightSyncConfig(), str(model), "float32", 100, 1, 0)
@@ -64,9 +75,7 @@ def server(rollout_dirs, tmp_path_factory):
         yield process, url, engine
         engine.close()
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(30)
+        stop_group(process)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +143,7 @@ def test_mistakes_are_explained(engine, rollout_dirs):
 
 def test_a_server_that_dies_is_reported(server):
     process, url, engine = server
-    os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     with pytest.raises(RolloutError, match=url):
         engine.generate(make_prompts([5]), SamplingParams(), seed=0)
     with pytest.raises(RolloutError, match="does not answer"):
