@@ -30,9 +30,10 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="print the resolved config and the layout, start nothing")] = False,
 ) -> None:
     """Train a policy as CONFIG says. More than one node: torchrun -m mcore_rl.train CONFIG ... (see docs)."""
+    asked = load_config(config, overrides or ())  # before the imports, which take seconds
     from mcore_rl.run import check_run_folder, make_plan
 
-    plan = make_plan(load_config(config, overrides or ()), nproc_per_node)
+    plan = make_plan(asked, nproc_per_node)
     if dry_run:
         print(dump_config(plan.config))
         print(plan.layout.table())
