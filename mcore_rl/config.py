@@ -65,7 +65,7 @@ class RolloutConfig(Section):
     group_size: int = Field(8, ge=1)  # responses a prompt
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = -1
+    top_k: int = Field(-1, ge=-1)  # -1 and 0 keep the whole vocabulary
     max_response_tokens: int = Field(256, ge=1)
     stop: list[str] = []
     stop_token_ids: list[int] = []

@@ -92,6 +92,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
             f"the model has {hf_config.max_position_embeddings} positions; lower it"
         )
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
+    _check_sizes(config, algorithm, hf_config, task)
     if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
         raise ValueError(
             "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
@@ -102,8 +103,32 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
 
 
+def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedConfig, task: Task) -> None:
+    batch, rollout, optimizer = config.batch, config.rollout, config.optimizer
+    samples = batch.prompts_per_step * (rollout.group_size if algorithm.needs_rollouts else 1)
+    if batch.mini_batches > samples:
+        raise ValueError(
+            f"batch.mini_batches={batch.mini_batches}: a step has {samples} samples and each mini-batch needs one; "
+            "lower it or raise batch.prompts_per_step"
+        )
+    longest, positions = task.max_prompt_tokens or 0, hf_config.max_position_embeddings
+    if rollout.max_model_len is not None and not longest < rollout.max_model_len <= positions:
+        raise ValueError(
+            f"rollout.max_model_len={rollout.max_model_len}: must be more than the longest prompt ({longest} tokens) "
+            f"and at most the model's {positions} positions; null is what prompts and responses need"
+        )
+    if optimizer.min_lr > optimizer.lr:
+        raise ValueError(f"optimizer.min_lr={optimizer.min_lr:g}: must be at most optimizer.lr={optimizer.lr:g}")
+
+
 def check_run_folder(config: RunConfig) -> None:
-    """Raise ValueError where a new run would overwrite an old one."""
+    """Make the run's folder. Raises ValueError where that fails or a new run would overwrite an old one."""
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run folder {str(config.run_dir)!r} cannot be made: {error.strerror}; choose another output_dir or name"
+        ) from error
     metrics = config.run_dir / "metrics.jsonl"
     if not config.resume and metrics.exists() and metrics.stat().st_size > 0:
         raise ValueError(
@@ -213,6 +238,5 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
 
 
 def _open_log(plan: Plan, start: Progress) -> RunLog:
-    plan.config.run_dir.mkdir(parents=True, exist_ok=True)
     (plan.config.run_dir / "config.yaml").write_text(dump_config(plan.config))
     return RunLog(plan.config.run_dir, plan.config, resume_step=start.step if plan.config.resume else None)
