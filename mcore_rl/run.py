@@ -117,6 +117,8 @@ def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedC
             f"rollout.max_model_len={rollout.max_model_len}: must be more than the longest prompt ({longest} tokens) "
             f"and at most the model's {positions} positions; null is what prompts and responses need"
         )
+    if outside := [token for token in rollout.stop_token_ids if not 0 <= token < hf_config.vocab_size]:
+        raise ValueError(f"rollout.stop_token_ids={outside}: the model's vocabulary is 0..{hf_config.vocab_size - 1}")
     if optimizer.min_lr > optimizer.lr:
         raise ValueError(f"optimizer.min_lr={optimizer.min_lr:g}: must be at most optimizer.lr={optimizer.lr:g}")
 
@@ -159,6 +161,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         log = on_rank_0_only(groups, lambda: _open_log(plan, start))
         if log is not None:
             stack.callback(log.close)
+            if config.resume:
+                print(f"{config.name}: {f'continues after step {start.step}' if start.step else 'no checkpoint, begins'}")
         policy = _policy(plan, groups, training.chunks)
         yield Run(plan, groups, training, policy, reference, exporter, engine, transfer, log, start)
 
