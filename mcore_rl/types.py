@@ -118,6 +118,7 @@ class PackedBatch:
     old_logprobs: Tensor  # [T]
     rollout_logprobs: Tensor  # [T]
     ref_logprobs: Tensor | None = None  # [T]
+    values: Tensor | None = None  # [T] of the critic before the step
     returns: Tensor | None = None  # [T]
     expert_ids: Tensor | None = None  # [T, L, K]
 
@@ -141,7 +142,9 @@ class LossOutput:
     """A scalar loss that is already a share of the global mini-batch, and metrics that add up.
 
     Summing `loss` over micro-batches and ranks gives the loss of the global mini-batch. A metric is a sum over the
-    batch's loss tokens; dividing its total by the total of "num_tokens" gives the token mean of the mini-batch.
+    batch's loss tokens; dividing its total by the total of "num_tokens" gives the token mean of the mini-batch. A
+    metric of something else than tokens comes with its own count: "pairs/accuracy" with "num_pairs"
+    (`functional.reduce.metric_means`).
     """
 
     loss: Tensor  # []

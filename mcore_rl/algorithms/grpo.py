@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mcore_rl.algorithms.base import GroupAlgorithm
-from mcore_rl.functional.policy import clipped_surrogate, is_clipped, masked_log_ratio
+from mcore_rl.functional.policy import clipped_token_loss, masked_log_ratio
 from mcore_rl.types import PackedBatch, PolicyOutput
 
 
 @dataclass(frozen=True)
 class GRPO(GroupAlgorithm):
     """J = mean_i mean_t min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_coef * KL.
+
+    Dr.GRPO (Liu et al. 2025, arXiv 2503.20783) is std_mode="none", aggregation="constant".
 
     Attributes:
         clip_low, clip_high: distance of the clip from 1.
@@ -22,14 +24,10 @@ class GRPO(GroupAlgorithm):
     clip_low: float = 0.2
     clip_high: float = 0.2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("clip_low", "clip_high")
+
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
-        ratio = log_ratio.exp()
-        loss = clipped_surrogate(ratio, batch.advantages, self.clip_low, self.clip_high)
-        clipped = is_clipped(ratio, batch.advantages, self.clip_low, self.clip_high)
-        metrics = {
-            "policy/ratio_mean": ratio,
-            "policy/clip_frac": clipped.to(loss.dtype),
-            "policy/kl_old": ratio - 1 - log_ratio,
-        }
-        return loss, metrics
+        return clipped_token_loss(log_ratio, batch.advantages, self.clip_low, self.clip_high)

@@ -26,6 +26,10 @@ class GSPO(GroupAlgorithm):
     clip_high: float = 4e-4
     token_variant: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_range("clip_low", "clip_high")
+
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         log_s = sequence_mean(log_ratio, batch.loss_mask, batch.segment_ids)

@@ -28,9 +28,7 @@ class SAPO(GroupAlgorithm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tau_positive", "tau_negative"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"algorithm.{name}={getattr(self, name)}: must be > 0")
+        self.check_range("tau_positive", "tau_negative", above=True)
 
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)

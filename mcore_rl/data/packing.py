@@ -37,18 +37,17 @@ class Sample:
 
 
 def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sample]:
-    """Every trajectory of scored and shaped groups with its advantage."""
+    """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on."""
     samples = []
-    for group in groups:
-        for trajectory, advantage in zip(group.trajectories, algorithm.advantages(group).tolist(), strict=True):
-            samples.append(
-                Sample(
-                    token_ids=(*trajectory.prompt_ids, *trajectory.response_ids),
-                    num_response=len(trajectory.response_ids),
-                    advantage=advantage,
-                    rollout_logprobs=trajectory.rollout_logprobs,
-                )
+    for group, advantages in zip(groups, algorithm.batch_advantages(groups), strict=True):
+        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
+            sample = Sample(
+                token_ids=(*trajectory.prompt_ids, *trajectory.response_ids),
+                num_response=len(trajectory.response_ids),
+                advantage=advantage,
+                rollout_logprobs=trajectory.rollout_logprobs,
             )
+            samples.append(sample if algorithm.trains_on(trajectory) else _untrained(sample))
     return samples
 
 

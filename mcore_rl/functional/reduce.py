@@ -6,6 +6,8 @@ spread over ranks cannot change it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,19 @@ def sequence_weights(lengths: Tensor, aggregation: str, *, max_length: int | Non
         "constant": lambda: 1 / (count * float(max_length or 1)),
     }[aggregation]()
     return torch.where(n > 0, weight, 0.0)
+
+
+def metric_means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Means from metrics that were summed over all micro-batches and ranks.
+
+    "num_*" are counts. A metric "kind/name" is divided by "num_kind" where there is one ("pairs/accuracy" by
+    "num_pairs"), else by "num_tokens"; nothing of a kind that did not occur is returned.
+
+    Example:
+        >>> metric_means({"policy/entropy": 6.0, "num_tokens": 3.0, "pairs/accuracy": 1.0, "num_pairs": 2.0})
+        {'policy/entropy': 2.0, 'pairs/accuracy': 0.5}
+    """
+    counts = {name: totals.get(f"num_{name.split('/')[0]}", totals.get("num_tokens", 0.0)) for name in totals}
+    return {
+        name: value / counts[name] for name, value in totals.items() if not name.startswith("num_") and counts[name]
+    }

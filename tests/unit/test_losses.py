@@ -5,102 +5,82 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loss_batches import F64, cut, gradient, make_batch, make_group, make_output, poisoned
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.functional.advantage import group_advantages
-from mcore_rl.functional.policy import clipped_surrogate, is_clipped, kl_estimate
-from mcore_rl.functional.reduce import sequence_weights
-from mcore_rl.types import PackedBatch, PolicyOutput, Prompt, RolloutGroup, Trajectory
-
-F64 = torch.float64
-LENGTHS = (5, 3, 4)  # positions of each segment; the first position of each is prompt
-
-
-def make_batch(seed=0, aggregation="sequence_mean"):
-    g = torch.Generator().manual_seed(seed)
-    total = sum(LENGTHS)
-    mask = torch.cat([torch.arange(n) >= 1 for n in LENGTHS])
-    segments = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    weights = sequence_weights(torch.tensor(LENGTHS) - 1, aggregation, max_length=8)[segments] * mask
-    old = -torch.rand(total, generator=g, dtype=F64) - 0.1
-    return PackedBatch(
-        token_ids=torch.zeros(total, dtype=torch.long),
-        targets=torch.zeros(total, dtype=torch.long),
-        positions=torch.cat([torch.arange(n) for n in LENGTHS]),
-        segment_ids=segments,
-        loss_mask=mask,
-        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
-        weights=weights,
-        advantages=torch.tensor([1.5, -0.5, -1.0], dtype=F64)[segments],
-        old_logprobs=old,
-        rollout_logprobs=old.clone(),
-        ref_logprobs=-torch.rand(total, generator=g, dtype=F64) - 0.1,
-    )
-
-
-def make_output(batch, scale=0.3, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    noise = scale * torch.randn(batch.old_logprobs.numel(), generator=g, dtype=F64)
-    logprobs = (batch.old_logprobs + noise).requires_grad_()
-    return PolicyOutput(logprobs, torch.rand(logprobs.numel(), generator=g, dtype=F64).requires_grad_())
-
-
-def gradient(algorithm, batch, out):
-    return torch.autograd.grad(algorithm.loss(batch, out).loss, out.logprobs)[0]
-
+from mcore_rl.functional.policy import clipped_surrogate, is_clipped
+from mcore_rl.functional.reduce import metric_means, sequence_weights
+from mcore_rl.types import PolicyOutput
 
 POLICY_GRADIENT = [name for name in available() if load(name).needs_rollouts]
+PAIRS = [name for name in available() if "pairs" in load(name).needs]
+ALL_TERMS = [
+    (name, {} if name in PAIRS else dict(kl_coef=0.1, entropy_coef=0.01) | fields)
+    for name in available()
+    for fields in ([{}, dict(correction="tis_seq_geo", correction_high=1.1)] if name in POLICY_GRADIENT else [{}])
+]
 
 
-@pytest.mark.parametrize("name", available())
-def test_masked_positions_change_nothing(name):
-    algorithm = load(name, kl_coef=0.1, entropy_coef=0.01)
+@pytest.mark.parametrize(("name", "fields"), ALL_TERMS)
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e6])
+def test_masked_positions_change_nothing(name, fields, poison):
+    algorithm = load(name, **fields)
     batch = make_batch(aggregation=algorithm.aggregation)
     out = make_output(batch)
     loss, grad = algorithm.loss(batch, out), gradient(algorithm, batch, out)
-    for poison in (math.nan, math.inf, 1e6):
-        bad = {
-            f: torch.where(batch.loss_mask, getattr(batch, f), poison)
-            for f in ("weights", "advantages", "old_logprobs", "rollout_logprobs", "ref_logprobs")
-        }
-        poisoned = replace(batch, **bad)
-        poisoned_out = PolicyOutput(
-            torch.where(batch.loss_mask, out.logprobs.detach(), poison).requires_grad_(),
-            torch.where(batch.loss_mask, out.entropy.detach(), poison),
-        )
-        got = algorithm.loss(poisoned, poisoned_out)
-        assert got.loss.item() == loss.loss.item()
-        assert torch.equal(gradient(algorithm, poisoned, poisoned_out), grad)
-        assert {k: v.item() for k, v in got.metrics.items()} == {k: v.item() for k, v in loss.metrics.items()}
+    bad_out = PolicyOutput(
+        torch.where(batch.loss_mask, out.logprobs.detach(), poison).requires_grad_(),
+        torch.where(batch.loss_mask, out.entropy.detach(), poison),
+    )
+    got = algorithm.loss(poisoned(batch, poison), bad_out)
+    assert got.loss.item() == loss.loss.item()
+    assert torch.equal(gradient(algorithm, poisoned(batch, poison), bad_out), grad)
+    assert {k: v.item() for k, v in got.metrics.items()} == {k: v.item() for k, v in loss.metrics.items()}
 
 
-@pytest.mark.parametrize("name", available())
+@pytest.mark.parametrize(("name", "fields"), ALL_TERMS)
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
-def test_cutting_the_batch_changes_nothing(name, aggregation):
-    algorithm = load(name, aggregation=aggregation, kl_coef=0.1, entropy_coef=0.01)
+def test_cutting_the_batch_changes_nothing(name, fields, aggregation):
+    if name in PAIRS and aggregation != "sequence_sum":
+        with pytest.raises(ValueError, match="sequence_sum"):
+            load(name, aggregation=aggregation)
+        return
+    algorithm = load(name, aggregation=aggregation, **fields)
     batch, out = (b := make_batch(aggregation=aggregation)), make_output(b)
     whole = algorithm.loss(batch, out)
-    parts = []
-    for i, n in enumerate(LENGTHS):
-        rows = batch.segment_ids == i
-        cut = {
-            f: getattr(batch, f)[rows]
-            for f in batch.__dataclass_fields__
-            if f not in ("cu_seqlens",) and getattr(batch, f) is not None
-        }
-        cut["segment_ids"] = cut["segment_ids"] - i
-        part = replace(batch, **cut, cu_seqlens=torch.tensor([0, n]).int())
-        parts.append(algorithm.loss(part, PolicyOutput(out.logprobs[rows], out.entropy[rows])))
+    parts = [algorithm.loss(*part) for part in cut(batch, out, 2 if name in PAIRS else 1)]
+    assert len(parts) > 1
     assert sum(p.loss for p in parts).item() == pytest.approx(whole.loss.item(), rel=1e-12)
-    for name_, value in whole.metrics.items():
-        assert sum(p.metrics[name_] for p in parts).item() == pytest.approx(value.item(), rel=1e-12)
+    for key, value in whole.metrics.items():
+        assert sum(p.metrics[key] for p in parts).item() == pytest.approx(value.item(), rel=1e-12, abs=1e-15)
+    (together,) = torch.autograd.grad(sum(p.loss for p in parts), out.logprobs)
+    torch.testing.assert_close(together, gradient(algorithm, batch, out), rtol=1e-12, atol=1e-18)
 
 
-@pytest.mark.parametrize("name", POLICY_GRADIENT)
-def test_on_policy_gradient_is_the_policy_gradient(name):
-    algorithm = load(name)
-    batch = make_batch(aggregation=algorithm.aggregation)
+def test_weights_of_a_micro_batch_would_change_the_loss():
+    """The negative control of the test above: denominators must be those of the whole mini-batch."""
+    algorithm = load("dapo")
+    batch, out = (b := make_batch(aggregation="token_mean")), make_output(b)
+    local = []
+    for part, part_out in cut(batch, out, 2):
+        weights = part.loss_mask / part.loss_mask.sum().double()
+        local.append(algorithm.loss(replace(part, weights=weights), part_out).loss.item())
+    assert abs(sum(local) / len(local) - algorithm.loss(batch, out).loss.item()) > 1e-3
+
+
+ON_POLICY = [(name, {}) for name in POLICY_GRADIENT] + [
+    ("gspo", dict(token_variant=True)),
+    ("sapo", dict(tau_positive=0.3, tau_negative=4.0)),
+    ("gapo", dict(baseline="group", kl_coef=0.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), ON_POLICY)
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant"])
+def test_on_policy_gradient_is_the_policy_gradient(name, fields, aggregation):
+    algorithm = load(name, **fields)
+    batch = make_batch(aggregation=aggregation)
     out = make_output(batch, scale=0.0)
     torch.testing.assert_close(gradient(algorithm, batch, out), -batch.weights * batch.advantages, rtol=1e-12, atol=0)
 
@@ -144,25 +124,6 @@ def test_clip_by_hand(ratio, advantage, loss, clipped):
     assert is_clipped(r, a, 0.2, 0.2).item() is clipped
 
 
-def test_kl_estimators_by_enumeration():
-    """On a categorical: E[k1] = E[k3] = KL; gradients as losses as stated in the docstring."""
-    logits = torch.tensor([0.3, -0.2, 0.9], dtype=F64, requires_grad=True)
-    ref = torch.log_softmax(torch.tensor([0.0, 0.5, -0.4], dtype=F64), -1)
-    log_p = torch.log_softmax(logits, -1)
-    p, d = log_p.exp(), log_p - ref
-    kl = (p * d).sum()
-    reverse, forward = (
-        torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (kl, (ref.exp() * (ref - log_p)).sum())
-    )
-    fixed = p.detach()
-    for estimator, expected in (("k1", torch.zeros(3, dtype=F64)), ("k2", reverse), ("k3", forward)):
-        grad = torch.autograd.grad((fixed * kl_estimate(d, estimator)).sum(), logits, retain_graph=True)[0]
-        torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-14)
-    assert (fixed * kl_estimate(d, "k3")).sum().item() == pytest.approx(kl.item(), rel=1e-12)
-    weighted = (fixed * (log_p - log_p.detach()).exp() * kl_estimate(d, "k3")).sum()
-    torch.testing.assert_close(torch.autograd.grad(weighted, logits)[0], reverse, rtol=1e-10, atol=1e-14)
-
-
 def test_kl_and_entropy_terms_by_hand():
     batch, out = (b := make_batch()), make_output(b)
     plain = load("grpo").loss(batch, out).loss
@@ -172,32 +133,6 @@ def test_kl_and_entropy_terms_by_hand():
     d = out.logprobs - batch.ref_logprobs
     expected = 0.5 * (w * ratio * (torch.exp(-d) - 1 + d))[m].sum() - 0.25 * (w * out.entropy)[m].sum()
     assert (both - plain).item() == pytest.approx(expected.item(), rel=1e-10)
-
-
-class TestGroupAdvantages:
-    R = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=F64)
-
-    def test_binary_rewards(self):
-        a = group_advantages(self.R, eps=0)  # k=3 of G=8
-        assert a[0].item() == pytest.approx(math.sqrt(5 / 3)) and a[1].item() == pytest.approx(-math.sqrt(3 / 5))
-        assert a.sum().item() == pytest.approx(0, abs=1e-12)
-
-    def test_affine_invariance(self):
-        torch.testing.assert_close(group_advantages(3 * self.R + 7, eps=0), group_advantages(self.R, eps=0))
-
-    def test_bessel_factor(self):
-        torch.testing.assert_close(
-            group_advantages(self.R, eps=0, ddof=0), group_advantages(self.R, eps=0, ddof=1) * math.sqrt(8 / 7)
-        )
-
-    def test_equal_rewards_give_zero(self):
-        assert group_advantages(torch.full((4,), 0.7, dtype=F64)).abs().max() < 1e-9
-
-    def test_without_std(self):
-        torch.testing.assert_close(group_advantages(self.R, normalise_std=False), self.R - 3 / 8)
-
-    def test_one_member(self):
-        assert group_advantages(torch.tensor([2.0], dtype=F64), ddof=1).item() == 0
 
 
 class TestWeights:
@@ -226,9 +161,14 @@ class TestWeights:
             sequence_weights(self.N, "constant")
 
 
+def test_metric_means():
+    totals = {"policy/entropy": 6.0, "num_tokens": 3.0, "pairs/accuracy": 1.0, "num_pairs": 4.0, "fake/score": 0.0}
+    assert metric_means(totals | {"num_fake": 0.0}) == {"policy/entropy": 2.0, "pairs/accuracy": 0.25}
+
+
 class TestRegistry:
     def test_every_file_loads(self):
-        assert {"grpo", "sft"} <= set(available())
+        assert set(available()) == {"cispo", "dapo", "dpo", "gapo", "grpo", "gspo", "ppo", "sapo", "sft"}
         assert all(isinstance(load(name), Algorithm) for name in available())
 
     @pytest.mark.parametrize(
@@ -241,6 +181,28 @@ class TestRegistry:
             ("grpo", {"kl_estimator": "k4"}, "k1, k2, k3"),
             ("grpo", {"aggregation": "mean"}, "token_mean"),
             ("grpo", {"clip_low": True}, "expected float"),
+            ("grpo", {"clip_low": -0.1}, ">= 0"),
+            ("grpo", {"std_mode": "token"}, "group, batch, none"),
+            ("grpo", {"baseline": "loo"}, "mean, leave_one_out"),
+            ("grpo", {"ddof": 2}, "<= 1"),
+            ("grpo", {"correction": "tis"}, "tis_token"),
+            ("grpo", {"correction": "icepop_token", "correction_low": 6.0}, "correction_low < correction_high"),
+            ("sft", {"correction": "tis_token"}, "no rollout to correct"),
+            ("ppo", {"dual_clip": 1.1}, "1 \\+ clip_high"),
+            ("ppo", {"lam": 1.5}, "<= 1"),
+            ("ppo", {"kl_target": 0.1}, "kl_coef"),
+            ("dapo", {"overlong_cache": 10}, "0 < overlong_cache <= overlong_max_length"),
+            ("dapo", {"overlong_max_length": 10}, "both 0"),
+            ("dpo", {"preference_loss": "dpo"}, "sigmoid, cdpo"),
+            ("dpo", {"label_smoothing": 0.1}, "cdpo or robust"),
+            ("dpo", {"label_smoothing": 0.5, "preference_loss": "robust"}, "< 0.5"),
+            ("dpo", {"beta": 0.0}, "> 0"),
+            ("dpo", {"kl_coef": 0.1}, "beta"),
+            ("gapo", {"baseline": "mean"}, "critic, group"),
+            ("gapo", {"discriminator_objective": "wgan"}, "bradley_terry"),
+            ("gapo", {"reward_transform": "log"}, "softplus"),
+            ("gapo", {"band_low": 0.95}, "band_high"),
+            ("sapo", {"tau_negative": 0.0}, "> 0"),
         ],
     )
     def test_mistakes(self, name, fields, message):
@@ -249,6 +211,5 @@ class TestRegistry:
 
 
 def test_unscored_group_is_an_error():
-    trajectory = Trajectory((1,), (2,), (-0.1,), "stop", 0)
     with pytest.raises(ValueError, match="unscored"):
-        assert RolloutGroup(Prompt("p/0", (1,), "x"), (trajectory,)).rewards is None
+        assert make_group(1.0, None).rewards is None
