@@ -162,7 +162,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         if log is not None:
             stack.callback(log.close)
             if config.resume:
-                print(f"{config.name}: {f'continues after step {start.step}' if start.step else 'no checkpoint, begins'}")
+                where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
+                print(f"{config.name}: {where}", flush=True)
         policy = _policy(plan, groups, training.chunks)
         yield Run(plan, groups, training, policy, reference, exporter, engine, transfer, log, start)
 
