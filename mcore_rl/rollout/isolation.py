@@ -47,11 +47,13 @@ def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(timeout_s)),
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
     }
-    touched = (*TORCHRUN_VARIABLES, *variables, CHILD_FLAG, "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
+    touched = (*TORCHRUN_VARIABLES, *variables, CHILD_FLAG, "TORCHDYNAMO_DISABLE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
     before = {name: os.environ.get(name) for name in touched}
     os.environ.update(variables)
     if child:
         os.environ[CHILD_FLAG] = "1"
+        if not torch.cuda.is_available():  # on CPU vLLM runs eagerly but for helpers whose compilation takes longer
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         for name in TORCHRUN_VARIABLES:
             os.environ.pop(name, None)
     try:
