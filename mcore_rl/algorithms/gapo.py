@@ -79,7 +79,7 @@ class GAPO(PPO):
         """The discriminator's weighted loss; metrics "real/...", "rejected/..." and "fake/..." with "num_real" etc.
 
         Args:
-            scores: [N]. kinds: [N] index into `functional.discriminator.KINDS`; in bradley_terry 2i is real, 2i + 1 not.
+            scores: [N]. kinds: [N] index into `functional.discriminator.KINDS`; bradley_terry: 2i real, 2i + 1 not.
             weights: [N] share of each sequence in the global batch, 0 for padding; a pair's is the sum of its two.
         """
         labels = (kinds == 0).to(scores.dtype)
