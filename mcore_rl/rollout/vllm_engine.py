@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing.connection
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -217,8 +218,7 @@ class VLLMEngine:
             raise
         except Exception as error:
             for process in self._children():
-                process.join(timeout=1)  # its sockets close before its status can be read
-                if not process.is_alive():
+                if _has_ended(process):
                     cause = isolation.exit_cause(process.exitcode)
                     raise RolloutError(f"the engine's process {process.pid} died during {doing}: {cause}") from error
             raise RolloutError(f"the rollout engine failed during {doing}: {error}") from error
@@ -297,6 +297,16 @@ def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
                     with isolation.default_group_kept():
                         cleanup_dist_env_and_memory()
                 raise RolloutError(f"the rollout engine ({placement}) did not start: {error}") from error
+
+
+def _has_ended(process: Any, wait_s: float = 1.0) -> bool:
+    """Whether a child is dead, a moment after something failed: its sockets close before it ends, and where vLLM's
+    monitor thread asks for its status first, no other thread sees it as dead until that one has noted the answer.
+    """
+    end = time.monotonic() + wait_s
+    while process.exitcode is None and time.monotonic() < end:
+        time.sleep(0.01)
+    return process.exitcode is not None
 
 
 def _fail_waiters(core: Any) -> None:
