@@ -90,6 +90,12 @@ class WeightSyncConfig(Section):
     max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
 
 
+class CriticConfig(Section):
+    path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0
+    lr: float = Field(1e-5, gt=0)  # everything else as `optimizer`
+    warmup_steps: int = Field(0, ge=0)  # training steps in which only the critic learns
+
+
 class DataConfig(Section):
     task: str = "digit_sort"  # digit_sort, reasoning_gym/<name>, or file
     params: dict[str, Any] = {}  # arguments of the task's generator
@@ -133,6 +139,7 @@ class RunConfig(Section):
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    critic: CriticConfig = CriticConfig()
     data: DataConfig = DataConfig()
     reward: str | list[str] = (
         "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added
@@ -152,8 +159,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     `extends: other.yaml` in a file means: everything of that file (beside it) first, then what this one says.
 
     Raises:
-        ValueError: missing file, files that extend each other in a circle, broken YAML, malformed override, unknown key (names the nearest), wrong type or
-            value out of range (names the value got and what is allowed).
+        ValueError: missing file, files that extend each other in a circle, broken YAML, malformed override, unknown key
+            (names the nearest), wrong type or value out of range (names the value got and what is allowed).
     """
     for override in overrides:
         if "=" not in override:

@@ -18,7 +18,8 @@ from mcore_rl.launch import tell
 from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
-from mcore_rl.model.forward import Policy
+from mcore_rl.model.forward import Policy, Scorer
+from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training, build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0
@@ -30,7 +31,7 @@ from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.types import SamplingParams
-from mcore_rl.weights.families import is_scorer
+from mcore_rl.weights.families import SCORE, is_scorer
 from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter
@@ -58,11 +59,18 @@ class Run:
     training: Training
     policy: Policy
     reference: Policy | None
+    critic: Scorer | None
+    critic_training: Training | None
     exporter: WeightExporter
     engine: RolloutEngine | None
     transfer: WeightTransfer
     log: RunLog | None
     start: Progress
+
+    @property
+    def trained(self) -> dict[str, Training]:
+        """The models that a checkpoint holds, by name."""
+        return {"policy": self.training} | ({"critic": self.critic_training} if self.critic_training else {})
 
 
 def world_size() -> int:
@@ -78,6 +86,11 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     """
     fields = dict(config.algorithm)
     algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
+    if "discriminator" in algorithm.needs:
+        raise ValueError(
+            f"algorithm.name={config.algorithm['name']!r}: the training loop has no discriminator yet; "
+            "its losses can be used from mcore_rl.algorithms"
+        )
     layout = ParallelLayout.from_config(config.parallel, world)
     hf_config = read_hf_config(config.model.path)
     if is_scorer(hf_config):
@@ -93,6 +106,8 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         )
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
     _check_sizes(config, algorithm, hf_config, task)
+    if "pairs" in algorithm.needs:
+        task.pair_example(0)
     if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
         raise ValueError(
             "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
@@ -151,7 +166,12 @@ def open_run(plan: Plan) -> Iterator[Run]:
         if "reference" in plan.algorithm.needs:
             reference = _policy(plan, groups, _load_policy(plan, groups))
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
-        start = (load_checkpoint(config.run_dir / "checkpoints", training) if config.resume else None) or Progress()
+        critic_training = critic = None
+        if "critic" in plan.algorithm.needs:
+            critic_training = _critic_training(plan, groups)
+            critic = Scorer(critic_training.chunks, groups)
+        trained = {"policy": training} | ({"critic": critic_training} if critic_training else {})
+        start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
         exporter = WeightExporter(chunks, plan.hf_config, groups)
         engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
         if engine is not None:
@@ -165,7 +185,20 @@ def open_run(plan: Plan) -> Iterator[Run]:
                 where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
                 print(f"{config.name}: {where}", flush=True)
         policy = _policy(plan, groups, training.chunks)
-        yield Run(plan, groups, training, policy, reference, exporter, engine, transfer, log, start)
+        yield Run(
+            plan=plan,
+            groups=groups,
+            training=training,
+            policy=policy,
+            reference=reference,
+            critic=critic,
+            critic_training=critic_training,
+            exporter=exporter,
+            engine=engine,
+            transfer=transfer,
+            log=log,
+            start=start,
+        )
 
 
 @contextmanager
@@ -215,6 +248,18 @@ def _load_policy(plan: Plan, groups: Groups) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
     load_hf(plan.config.model.path, megatron_shards(chunks, plan.hf_config, groups))
     return chunks
+
+
+def _critic_training(plan: Plan, groups: Groups) -> Training:
+    config = plan.config
+    path = config.critic.path or config.model.path
+    on_disk = read_hf_config(path)
+    hf_config = on_disk if is_scorer(on_disk) else as_scorer(on_disk)
+    chunks = build_model(hf_config, config.model, groups)
+    shards = megatron_shards(chunks, hf_config, groups)
+    load_hf(path, shards if is_scorer(on_disk) else [s for s in shards if s.hf_name != SCORE])
+    optimizer = config.optimizer.model_copy(update={"lr": config.critic.lr})
+    return build_training(chunks, optimizer, config.parallel, total_updates(config))
 
 
 def _policy(plan: Plan, groups: Groups, chunks) -> Policy:

@@ -51,19 +51,23 @@ def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sam
     return samples
 
 
-def split_mini_batches(count: int, mini_batches: int, seed: int) -> list[list[int]]:
-    """A seeded shuffle of range(count) cut into `mini_batches` parts whose sizes differ by at most one.
+def split_mini_batches(count: int, mini_batches: int, seed: int, unit: int = 1) -> list[list[int]]:
+    """A seeded shuffle of range(count) cut into `mini_batches` parts of about equal size.
+
+    Args:
+        unit: this many consecutive samples stay together and in order (2 for preference pairs).
 
     Raises:
         ValueError: fewer samples than mini-batches.
     """
-    if count < mini_batches:
+    units = count // unit
+    if units < mini_batches:
         raise ValueError(
-            f"{count} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step"
+            f"{units} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step"
         )
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    bounds = [count * i // mini_batches for i in range(mini_batches + 1)]
-    return [order[a:b] for a, b in zip(bounds, bounds[1:])]
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).tolist()
+    bounds = [units * i // mini_batches for i in range(mini_batches + 1)]
+    return [[unit * u + k for u in order[a:b] for k in range(unit)] for a, b in zip(bounds, bounds[1:])]
 
 
 def balance(lengths: Sequence[int], num_ranks: int, budget: int, rounds: int = 1) -> list[list[list[int]]]:
@@ -105,6 +109,7 @@ def pack_mini_batch(
     max_response: int,
     multiple: int = 1,
     rounds: int = 1,
+    unit: int = 1,
 ) -> list[PackedBatch]:
     """This rank's micro-batches of one global mini-batch.
 
@@ -115,15 +120,22 @@ def pack_mini_batch(
         max_response: longest response allowed, the constant of `aggregation="constant"`.
         multiple: micro-batches are filled up to a multiple of this (sequence parallelism cuts them into tp parts).
         rounds: their number is a multiple of this (the interleaved pipeline schedule works in rounds of pp).
+        unit: this many consecutive samples share a micro-batch, next to each other.
     """
     lengths = torch.tensor([s.num_response for s in samples])
     weights = sequence_weights(lengths, algorithm.aggregation, max_length=max_response).tolist()
-    mine = balance([s.positions for s in samples], num_ranks, budget, rounds)[rank]
-    # a bin without a sequence still takes part in every collective: one sequence of weight 0
-    shortest = min(range(len(samples)), key=lambda i: samples[i].positions)
+    units = [samples[i : i + unit] for i in range(0, len(samples), unit)]
+    positions = [sum(s.positions for s in u) for u in units]
+    mine = balance(positions, num_ranks, budget, rounds)[rank]
+    # a bin without a sequence still takes part in every collective: the shortest ones, with weight 0
+    idle = [_untrained(s) for s in units[positions.index(min(positions))]]
     return [
         pad(
-            pack([samples[i] for i in b] or [_untrained(samples[shortest])], [weights[i] for i in b] or [0.0]), multiple
+            pack(
+                [s for u in b for s in units[u]] or idle,
+                [weights[unit * u + k] for u in b for k in range(unit)] or [0.0] * unit,
+            ),
+            multiple,
         )
         for b in mine
     ]

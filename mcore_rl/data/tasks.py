@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from mcore_rl.config import DataConfig
+from mcore_rl.data.preferences import PairIds, encode_pair
 from mcore_rl.data.prompts import Example, encode, encode_response, load_examples, render
 from mcore_rl.types import Prompt
 
@@ -53,6 +54,18 @@ class Task:
             ValueError: the task has no reference responses.
         """
         raise ValueError(f"task {self.name!r} has no reference responses for SFT; use digit_sort or a file that has")
+
+    def pair_example(self, index: int) -> PairIds:
+        """Preference pair `index` of the training data.
+
+        Raises:
+            ValueError: the task has no preference pairs.
+        """
+        raise ValueError(f"task {self.name!r} has no preference pairs; use data.task=file with chosen and rejected")
+
+    def eval_pairs(self, n: int) -> list[PairIds]:
+        """The first `n` held-out preference pairs."""
+        return []
 
     def extract_answer(self, response: str) -> str | None:
         """The part of a response that is compared with the answer; None if there is none."""
@@ -253,6 +266,12 @@ class FileTask(Task):
                 "with data.params.response_key), or end its messages with the assistant's"
             )
         return example.prompt.token_ids, encode_response(self.tokenizer, example.response)
+
+    def pair_example(self, index: int) -> PairIds:
+        return encode_pair(self.tokenizer, self._example(index).prompt)
+
+    def eval_pairs(self, n: int) -> list[PairIds]:
+        return [encode_pair(self.tokenizer, example.prompt) for example in self.held_out[:n]]
 
     def _example(self, index: int) -> Example:
         epoch, position = divmod(index, len(self.train))

@@ -1,6 +1,6 @@
 """Training checkpoints: Megatron's torch_dist format plus the loop's own counters, written beside and renamed.
 
-checkpoints/step_000040/    complete, or not there at all
+checkpoints/step_000040/    complete, or not there at all; a folder a trained model: policy/, critic/
 checkpoints/step_000050.tmp what a crash leaves; removed by the next save
 """
 
@@ -30,10 +30,16 @@ class Progress:
     step: int = 0  # finished training steps
     prompts_seen: int = 0  # data cursor
     policy_version: int = 0  # weight updates sent to the rollout engine
+    kl_coef: float | None = None  # where the algorithm adapts it
 
 
-def save_checkpoint(folder: Path, training: Training, groups: Groups, progress: Progress, *, keep_last: int) -> Path:
+def save_checkpoint(
+    folder: Path, trained: Mapping[str, Training], groups: Groups, progress: Progress, *, keep_last: int
+) -> Path:
     """Write checkpoints/step_N; collective.
+
+    Args:
+        trained: the models by name; "policy" is one of them.
 
     Raises:
         OSError: the folder cannot be written (disk full, permissions), on every rank, with the path.
@@ -44,7 +50,8 @@ def save_checkpoint(folder: Path, training: Training, groups: Groups, progress: 
     def prepare() -> None:
         for leftover in folder.glob("*.tmp"):
             shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
+        for name in trained:
+            (partial / name).mkdir(parents=True)
 
     def publish() -> None:
         if final.exists():
@@ -54,22 +61,29 @@ def save_checkpoint(folder: Path, training: Training, groups: Groups, progress: 
             shutil.rmtree(folder / f"step_{old:06d}")
 
     on_rank_0(groups, prepare)
-    state = _sharded_state(training, loading=False)
-    state["progress"] = asdict(progress)
-    dist_checkpointing.save(state, str(partial))
+    for name, training in trained.items():
+        state = _sharded_state(training, loading=False)
+        state["progress"] = asdict(progress)
+        dist_checkpointing.save(state, str(partial / name))
     dist.barrier()
     on_rank_0(groups, publish)
     return final
 
 
-def load_checkpoint(folder: Path, training: Training) -> Progress | None:
-    """Load the newest complete checkpoint into `training`; None where there is none. Collective."""
+def load_checkpoint(folder: Path, trained: Mapping[str, Training]) -> Progress | None:
+    """Load the newest complete checkpoint into the models; None where there is none. Collective."""
     steps = _complete(folder)
     if not steps:
         return None
+    newest = folder / f"step_{max(steps):06d}"
+    progress = [_load(newest / name, training) for name, training in trained.items()]
+    return progress[0]
+
+
+def _load(folder: Path, training: Training) -> Progress:
     _materialise_optimizer_state(training)
     state = _sharded_state(training, loading=True)
-    state = dist_checkpointing.load(state, str(folder / f"step_{max(steps):06d}"))
+    state = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{i}"], strict=True)
     training.optimizer.load_state_dict(state["optimizer"])

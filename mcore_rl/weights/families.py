@@ -141,6 +141,7 @@ def _full(shape: Shape) -> Box:
 _columns = partial(split, dim=0)  # Megatron's ColumnParallelLinear splits the output features: dim 0 of [out, in]
 _rows = partial(split, dim=1)  # RowParallelLinear: dim 1
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SCORE = "score.weight"  # head of a sequence classifier
 
 
 def _ends(c: Any) -> tuple[list[Row], list[Row]]:
@@ -149,7 +150,7 @@ def _ends(c: Any) -> tuple[list[Row], list[Row]]:
     first = [Row("embedding.word_embeddings.weight", {_EMBEDDING: table}, vocabulary)]
     norm = Row("decoder.final_layernorm.weight", {"model.norm.weight": (c.hidden_size,)}, whole)
     if is_scorer(c):
-        return first, [norm, Row("output_layer.weight", {"score.weight": (c.num_labels, c.hidden_size)}, whole)]
+        return first, [norm, Row("output_layer.weight", {SCORE: (c.num_labels, c.hidden_size)}, whole)]
     tied = bool(c.tie_word_embeddings)
     return first, [norm, Row("output_layer.weight", {_EMBEDDING if tied else _HEAD: table}, vocabulary, tied=tied)]
 

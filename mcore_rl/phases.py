@@ -1,0 +1,273 @@
+"""The phases of one step, each a function of the run and what the phase before it returned. Called on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from mcore_rl.config import RunConfig
+from mcore_rl.data.packing import Sample, pack_mini_batch, pad, samples_of, split_mini_batches
+from mcore_rl.data.preferences import PairIds
+from mcore_rl.functional.reduce import metric_means
+from mcore_rl.model.checkpoint import Progress
+from mcore_rl.model.forward import Model, forward_backward, forward_only
+from mcore_rl.model.optimizer import Training
+from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
+from mcore_rl.rollout.collect import collect
+from mcore_rl.rollout.collect import evaluate as evaluate_policy
+from mcore_rl.run import Run, evaluation_sampling, rollout_sampling
+from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
+
+Metrics = dict[str, float]
+MiniBatches = list[list[PackedBatch]]
+
+
+def collect_rollouts(run: Run, done: Progress) -> tuple[list[Sample], int, Metrics]:
+    """Sample and score this step's responses on rank 0; every rank gets all of them."""
+    config, plan = run.plan.config, run.plan
+
+    def on_engine():
+        start = time.perf_counter()
+        collected = collect(
+            run.engine,
+            plan.task,
+            plan.reward,
+            plan.algorithm,
+            rollout_sampling(config),
+            cursor=done.prompts_seen,
+            num_prompts=config.batch.prompts_per_step,
+            seed=step_seed(config, done.step),
+        )
+        return collected, time.perf_counter() - start
+
+    collected, seconds = on_rank_0(run.groups, on_engine)
+    rewards = torch.tensor(collected.raw_rewards)
+    responses = [t for g in collected.groups for t in g.trajectories]
+    lengths = torch.tensor([float(len(t.response_ids)) for t in responses])
+    metrics = {
+        "reward/mean": rewards.mean().item(),
+        "reward/std": rewards.std(correction=0).item(),
+        "response/length_mean": lengths.mean().item(),
+        "response/truncated_frac": sum(t.finish_reason == "length" for t in responses) / len(responses),
+        "rollout/tokens_per_s": lengths.sum().item() / seconds,
+        "rollout/kept_frac": len(collected.groups) / collected.prompts_used,
+    }
+    return samples_of(collected.groups, plan.algorithm), collected.prompts_used, metrics
+
+
+def read_examples(run: Run, done: Progress) -> tuple[list[Sample], int, Metrics]:
+    """This step's given responses: one an example (SFT), or chosen and rejected after each other (preference pairs)."""
+    task, count = run.plan.task, run.plan.config.batch.prompts_per_step
+    numbers = range(done.prompts_seen, done.prompts_seen + count)
+    if "pairs" in run.plan.algorithm.needs:
+        samples = [s for i in numbers for s in pair_samples(task.pair_example(i))]
+    else:
+        samples = [given_sample(*task.sft_example(i)) for i in numbers]
+    return samples, count, {"response/length_mean": sum(s.num_response for s in samples) / len(samples)}
+
+
+def given_sample(prompt: tuple[int, ...], response: tuple[int, ...]) -> Sample:
+    """A response that no engine sampled."""
+    return Sample((*prompt, *response), len(response), 0.0, (0.0,) * len(response))
+
+
+def pair_samples(pair: PairIds) -> list[Sample]:
+    """[chosen, rejected] of one preference pair."""
+    prompt, chosen, rejected = pair
+    return [given_sample(prompt, chosen), given_sample(prompt, rejected)]
+
+
+def pack(run: Run, samples: list[Sample], step: int, mini_batches: int) -> MiniBatches:
+    """[mini_batch][micro_batch] of this rank, with the loss weights of each global mini-batch."""
+    config, layout = run.plan.config, run.groups.layout
+    unit = 2 if "pairs" in run.plan.algorithm.needs else 1
+    parts = split_mini_batches(len(samples), mini_batches, step_seed(config, step), unit)
+    packed = [
+        pack_mini_batch(
+            [samples[i] for i in part],
+            run.plan.algorithm,
+            rank=run.groups.coords.dp,
+            num_ranks=layout.dp,
+            budget=config.batch.micro_batch_tokens,
+            max_response=config.rollout.max_response_tokens,
+            multiple=layout.tp,
+            rounds=layout.pp if layout.vpp > 1 else 1,
+            unit=unit,
+        )
+        for part in parts
+    ]
+    # pipeline stages exchange tensors of one shape
+    longest = max(b.token_ids.numel() for part in packed for b in part) if layout.pp > 1 else 1
+    return [[pad(b, longest).to(run.groups.device) for b in part] for part in packed]
+
+
+def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics]:
+    """Fill in what is known before the step: old and reference log-probs, values, and the advantages they lead to."""
+    flat, metrics = [b for part in mini_batches for b in part], {}
+    if run.plan.algorithm.needs_rollouts:
+        flat = filled(flat, "old_logprobs", [o.logprobs for o in forward_only(run.policy, flat)])
+        metrics = mismatch(run, flat)
+    if run.reference is not None:
+        flat = filled(flat, "ref_logprobs", [o.logprobs for o in forward_only(run.reference, flat)])
+    if run.critic is not None:
+        flat = filled(flat, "values", [o.values for o in forward_only(run.critic, flat)])
+        flat, advantage_metrics = token_advantages(run, flat)
+        metrics |= advantage_metrics
+    batches = iter(flat)
+    return [[next(batches) for _ in part] for part in mini_batches], metrics
+
+
+def filled(batches: list[PackedBatch], field: str, values: list[torch.Tensor]) -> list[PackedBatch]:
+    """The batches with one more field; unchanged where `values` is empty, as on all but the last pipeline stage."""
+    return [replace(b, **{field: v}) for b, v in zip(batches, values, strict=True)] if values else batches
+
+
+def token_advantages(run: Run, batches: list[PackedBatch]) -> tuple[list[PackedBatch], Metrics]:
+    """Advantages and returns a token from the critic's values, normalised over the whole rollout."""
+    algorithm = run.plan.algorithm
+    sums: Metrics = {}
+    if run.groups.is_pipeline_last:
+        advised = [algorithm.token_advantages(b) for b in batches]
+        batches = [b for b, _ in advised]
+        for _, metrics in advised:
+            add(sums, metrics)
+    totals = sum_over_ranks(run.groups, sums, contributes=reports(run))
+    if run.groups.is_pipeline_last:
+        tensors = {k: torch.tensor(v, dtype=torch.float64, device=run.groups.device) for k, v in totals.items()}
+        batches = [algorithm.normalise_advantages(b, tensors) for b in batches]
+    return batches, metric_means(totals)
+
+
+def mismatch(run: Run, batches: list[PackedBatch]) -> Metrics:
+    """How far the trainer's log-probs are from the engine's, d = log pi_old - log mu, over all response tokens."""
+    d = torch.cat([(b.old_logprobs - b.rollout_logprobs)[b.loss_mask] for b in batches]).double()
+    contributes = reports(run)
+    sums = {"n": float(d.numel()), "k3": (d.exp() - 1 - d).sum().item(), "abs": d.abs().sum().item()}
+    totals = sum_over_ranks(run.groups, sums, contributes=contributes)
+    worst = max_over_ranks(run.groups, d.abs().max().item() if contributes and d.numel() else 0.0)
+    return {
+        "mismatch/k3": totals["k3"] / totals["n"],
+        "mismatch/abs_mean": totals["abs"] / totals["n"],
+        "mismatch/abs_max": worst,
+    }
+
+
+def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
+    """One optimizer step a mini-batch, `epochs` times over, of the critic and, after its warm-up, of the policy."""
+    config, algorithm = run.plan.config, run.plan.algorithm
+    metrics: Metrics = {}
+    if run.critic is not None:
+
+        def value_loss(batch: PackedBatch, out: PolicyOutput) -> LossOutput:
+            return algorithm.value_loss(batch, out.values)
+
+        metrics |= optimise(run, run.critic_training, run.critic, mini_batches, value_loss, "critic")
+    if run.critic is None or step >= config.critic.warmup_steps:
+        metrics |= optimise(run, run.training, run.policy, mini_batches, algorithm.loss, "policy")
+    positions = float(sum(b.token_ids.numel() for part in mini_batches for b in part))
+    totals = sum_over_ranks(run.groups, {"positions": positions * config.batch.epochs}, contributes=reports(run))
+    return {**metrics, "num_positions": totals["positions"]}
+
+
+def optimise(
+    run: Run,
+    training: Training,
+    model: Model,
+    mini_batches: MiniBatches,
+    loss: Callable[[PackedBatch, PolicyOutput], LossOutput],
+    name: str,
+) -> Metrics:
+    """Optimizer steps of one model; its losses and metrics averaged over them."""
+    sums: Metrics = {"num_loss": 0.0}
+    norms, lr = [], 0.0
+    for mini_batch in mini_batches * run.plan.config.batch.epochs:
+        training.zero_grad()
+        for result in forward_backward(model, mini_batch, loss):
+            sums["num_loss"] += result.loss.item()
+            add(sums, result.metrics)
+        grad_norm, lr = training.step()
+        norms.append(grad_norm)
+    totals = sum_over_ranks(run.groups, sums, contributes=reports(run))
+    optimizer = "optimizer" if name == "policy" else f"{name}_optimizer"
+    return {
+        f"{name}/loss": totals.pop("num_loss") / len(norms),
+        **metric_means(totals),
+        f"{optimizer}/grad_norm_mean": sum(norms) / len(norms),
+        f"{optimizer}/grad_norm_max": max(norms),
+        f"{optimizer}/lr": lr,
+    }
+
+
+def add(sums: Metrics, metrics: dict[str, torch.Tensor]) -> None:
+    """Add a batch's metrics to the sums so far."""
+    for name, value in metrics.items():
+        sums[name] = sums.get(name, 0.0) + value.item()
+
+
+def sync_weights(run: Run, version: int) -> Metrics:
+    """Send the policy to the engine, then check what arrived: both must give the same log-probs on a probe batch.
+
+    Raises:
+        RuntimeError: they differ by more than `weight_sync.max_logprob_diff`, on every rank.
+    """
+    config = run.plan.config
+    start = time.perf_counter()
+    run.transfer.send(version)
+    metrics = {"weight_sync/seconds": time.perf_counter() - start}
+    if config.weight_sync.probe_prompts == 0:
+        return metrics
+    length = min(config.weight_sync.probe_tokens, config.rollout.max_response_tokens)
+    params = SamplingParams(temperature=config.rollout.temperature, max_tokens=length)
+    prompts = run.plan.task.eval_prompts(config.weight_sync.probe_prompts)
+    groups = on_rank_0(run.groups, lambda: run.engine.generate(prompts, params, seed=config.seed))
+    samples = [
+        Sample((*t.prompt_ids, *t.response_ids), len(t.response_ids), 0.0, t.rollout_logprobs)
+        for g in groups
+        for t in g.trajectories
+    ]
+    (batches,) = pack(run, samples, step=0, mini_batches=1)
+    scored = forward_only(replace(run.policy, temperature=config.rollout.temperature), batches)
+    diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask].abs() for b, o in zip(batches, scored)]
+    worst = max_over_ranks(run.groups, max((d.max().item() for d in diffs if d.numel()), default=0.0))
+    if not worst <= config.weight_sync.max_logprob_diff:
+        raise RuntimeError(
+            f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's "
+            f"log-probs differ from the trainer's by up to {worst:.3g}, allowed is weight_sync.max_logprob_diff="
+            f"{config.weight_sync.max_logprob_diff:g}. fp32 differs by about 1e-5, bf16 by up to 1"
+        )
+    return {**metrics, "weight_sync/logprob_max_diff": worst}
+
+
+def evaluate(run: Run) -> Metrics:
+    """Accuracy on held-out prompts, with one response each; of held-out pairs, the share the policy ranks right."""
+    config, plan = run.plan.config, run.plan
+    params = evaluation_sampling(config)
+
+    def on_engine() -> Metrics:
+        return evaluate_policy(
+            run.engine, plan.task, plan.reward, params, num_prompts=config.evaluate.prompts, seed=config.seed
+        )
+
+    metrics = on_rank_0(run.groups, on_engine)
+    if "pairs" in plan.algorithm.needs:
+        samples = [s for pair in plan.task.eval_pairs(config.evaluate.prompts) for s in pair_samples(pair)]
+        ((batches,), _) = score_old(run, pack(run, samples, step=0, mini_batches=1))
+        sums: Metrics = {}
+        for batch, out in zip(batches, forward_only(run.policy, batches)):
+            add(sums, plan.algorithm.loss(batch, out).metrics)
+        means = metric_means(sum_over_ranks(run.groups, sums, contributes=reports(run)))
+        metrics |= {f"eval/{name.replace('/', '_')}": x for name, x in means.items() if name.startswith("pairs/")}
+    return metrics
+
+
+def reports(run: Run) -> bool:
+    """Whether this rank's token sums count: one rank of every tensor-parallel group of the last pipeline stage."""
+    return run.groups.is_pipeline_last and run.groups.coords.tp == 0
+
+
+def step_seed(config: RunConfig, step: int) -> int:
+    """A seed for everything random in one step, far from every other step's and run's."""
+    return (config.seed * 1_000_003 + step) * 1_000
