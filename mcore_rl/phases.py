@@ -18,6 +18,7 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
 from mcore_rl.rollout.collect import collect
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
+from mcore_rl.rollout.engine import RolloutError
 from mcore_rl.run import Run, evaluation_sampling, rollout_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 
@@ -211,7 +212,7 @@ def sync_weights(run: Run, version: int) -> Metrics:
     """Send the policy to the engine, then check what arrived: both must give the same log-probs on a probe batch.
 
     Raises:
-        RuntimeError: they differ by more than `weight_sync.max_logprob_diff`, on every rank.
+        RolloutError: they differ by more than `weight_sync.max_logprob_diff`, on every rank.
     """
     config = run.plan.config
     start = time.perf_counter()
@@ -233,7 +234,7 @@ def sync_weights(run: Run, version: int) -> Metrics:
     diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask].abs() for b, o in zip(batches, scored)]
     worst = max_over_ranks(run.groups, max((d.max().item() for d in diffs if d.numel()), default=0.0))
     if not worst <= config.weight_sync.max_logprob_diff:
-        raise RuntimeError(
+        raise RolloutError(
             f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's "
             f"log-probs differ from the trainer's by up to {worst:.3g}, allowed is weight_sync.max_logprob_diff="
             f"{config.weight_sync.max_logprob_diff:g}. fp32 differs by about 1e-5, bf16 by up to 1"

@@ -6,6 +6,7 @@ checkpoints/step_000050.tmp what a crash leaves; removed by the next save
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,10 +18,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
+
+_NEARLY_NOTHING = 2**16  # bytes
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,41 @@ def save_checkpoint(
 
     def publish() -> None:
         if final.exists():
-            shutil.rmtree(final)
+            _remove(final)
         partial.rename(final)
         for old in sorted(_complete(folder))[:-keep_last]:
-            shutil.rmtree(folder / f"step_{old:06d}")
+            _remove(folder / f"step_{old:06d}")
 
-    on_rank_0(groups, prepare)
-    for name, training in trained.items():
-        state = _sharded_state(training, loading=False)
-        state["progress"] = asdict(progress)
-        dist_checkpointing.save(state, str(partial / name))
-    dist.barrier()
-    on_rank_0(groups, publish)
+    try:
+        on_rank_0(groups, prepare)
+        for name, training in trained.items():
+            state = _sharded_state(training, loading=False)
+            state["progress"] = asdict(progress)
+            dist_checkpointing.save(state, str(partial / name))
+        dist.barrier()
+        on_rank_0(groups, publish)
+    except (OSError, CheckpointException) as error:
+        message = _why_not_written(final, error)
+        if groups.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(message) from error
     return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """A kill half way leaves what the next save removes, not a folder that looks complete."""
+    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".tmp")))
+
+
+def _why_not_written(checkpoint: Path, error: BaseException) -> str:
+    free = shutil.disk_usage(checkpoint.parent).free if checkpoint.parent.is_dir() else None
+    # the writers' processes lose the error number on its way here
+    full = getattr(error, "errno", None) == errno.ENOSPC or (free is not None and free < _NEARLY_NOTHING)
+    cause = f"disk full, {free} bytes are free" if full else str(error).strip().splitlines()[-1]
+    return (
+        f"checkpoint {str(checkpoint)!r} cannot be written: {cause}; earlier checkpoints are untouched: make room, then "
+        "continue with resume=true"
+    )
 
 
 def load_checkpoint(folder: Path, trained: Mapping[str, Training]) -> Progress | None:
