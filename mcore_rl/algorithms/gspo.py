@@ -29,6 +29,11 @@ class GSPO(GroupAlgorithm):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_range("clip_low", "clip_high")
+        if self.correction.endswith("_token") and not self.token_variant:
+            raise ValueError(
+                f"algorithm.correction={self.correction!r}: a sequence has one ratio here, through which every token "
+                "would get the mean of its sequence's weights; use token_variant=true or a *_seq_* correction"
+            )
 
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)

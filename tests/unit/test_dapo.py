@@ -1,0 +1,170 @@
+"""DAPO: equal to GRPO where it must be, overlong answers, dynamic sampling through the collecting loop."""
+
+import math
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from loss_batches import gradient, make_batch, make_group, make_output, make_trajectory
+
+from mcore_rl.algorithms import load
+from mcore_rl.data.packing import pack_mini_batch, samples_of
+from mcore_rl.functional.reward import overlong_penalty
+from mcore_rl.rollout.collect import collect
+from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
+
+
+def test_equal_clips_and_sequence_mean_make_it_grpo():
+    dapo = load("dapo", clip_high=0.2, aggregation="sequence_mean", dynamic_sampling=False)
+    batch, out = (b := make_batch()), make_output(b)
+    with torch.no_grad():
+        out.logprobs[1] = batch.old_logprobs[1] + math.log(1.25)  # between the two upper clips
+    assert torch.equal(gradient(dapo, batch, out), gradient(load("grpo"), batch, out))
+    assert dapo.loss(batch, out).loss == load("grpo").loss(batch, out).loss
+    assert not torch.equal(gradient(load("dapo"), batch, out), gradient(load("grpo"), batch, out))
+
+
+def test_loss_and_gradient_by_an_independent_formula():
+    """Eq. 8 over the tokens of the batch, written with loops."""
+    batch = make_batch(aggregation="token_mean")
+    out = make_output(batch, scale=0.5)
+    total, count = 0.0, 0
+    for lp, old, a, m in zip(out.logprobs, batch.old_logprobs, batch.advantages, batch.loss_mask):
+        if m:
+            r = torch.exp(lp - old)
+            total = total + min(r * a, torch.clamp(r, 0.8, 1.28) * a)
+            count += 1
+    loss = -total / count
+    assert load("dapo").loss(batch, out).loss.item() == pytest.approx(loss.item(), rel=1e-13)
+    (expected,) = torch.autograd.grad(loss, out.logprobs)
+    torch.testing.assert_close(gradient(load("dapo"), batch, out), expected, rtol=1e-12, atol=0)
+
+
+class TestOverlong:
+    @pytest.mark.parametrize(
+        ("length", "expected"),
+        [(1, 0), (16384, 0), (16385, -1 / 4096), (18432, -0.5), (20480, -1), (20481, -1), (24576, -1)],
+    )
+    def test_soft_punishment_has_a_floor(self, length, expected):
+        assert overlong_penalty(length, max_length=20480, cache=4096) == pytest.approx(expected, rel=1e-12)
+
+    def test_shaped_reward(self):
+        algorithm = load("dapo", overlong_max_length=8, overlong_cache=4)
+        assert algorithm.reward(make_trajectory(1.0, length=5)) == 0.75
+        assert load("dapo").reward(make_trajectory(1.0, length=500)) == 1.0
+
+    def test_truncated_answers_have_no_loss_but_count_in_their_group(self):
+        algorithm = load("dapo", overlong_filter=True, advantage_eps=0.0)
+        group = make_group(1.0, 0.0, 0.0)
+        cut_off = replace(group.trajectories[2], finish_reason="length")
+        group = replace(group, trajectories=(*group.trajectories[:2], cut_off))
+        samples = samples_of([group], algorithm)
+        assert [s.num_response for s in samples] == [2, 2, 0]
+        assert [s.advantage for s in samples] == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
+        (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=100, max_response=8)
+        assert batch.loss_mask.sum().item() == 4 and batch.weights[batch.loss_mask].tolist() == [0.25] * 4
+        assert [s.num_response for s in samples_of([group], load("dapo"))] == [2, 2, 2]
+
+
+class TestKeep:
+    @pytest.mark.parametrize(
+        ("rewards", "kept"), [((1, 1, 1), False), ((0, 0), False), ((1, 0, 1), True), ((1,), False)]
+    )
+    def test_groups_that_teach(self, rewards, kept):
+        assert load("dapo").keep(make_group(*map(float, rewards))) is kept
+        assert load("dapo", dynamic_sampling=False).keep(make_group(*map(float, rewards)))
+
+    def test_equal_rewards_are_equal_however_they_were_added(self):
+        assert not load("dapo").keep(make_group(*[0.1 + 0.2] * 7))
+
+
+@dataclass
+class FakeEngine:
+    """Two answers a prompt; `policy_version` as any engine has it."""
+
+    policy_version: int = 7
+    calls: list = field(default_factory=list)
+
+    def generate(self, prompts, params, seed):
+        self.calls.append(([p.id for p in prompts], seed))
+        return [
+            RolloutGroup(
+                p,
+                tuple(
+                    replace(make_trajectory(length=k + 1), policy_version=self.policy_version) for k in range(params.n)
+                ),
+            )
+            for p in prompts
+        ]
+
+
+class FakeTask:
+    def train_prompt(self, index):
+        return Prompt(str(index), (1, 2), str(index))
+
+
+def fake_reward(prompt, trajectory):
+    """Seeded by the prompt: some prompts tell the answers apart, some do not."""
+    spread = random.Random(int(prompt.id)).random() < 0.4
+    return float(len(trajectory.response_ids) == 1) if spread else 1.0
+
+
+def informative(index):
+    return random.Random(index).random() < 0.4
+
+
+def run_collect(engine, num_prompts=6, cursor=100, **options):
+    params = SamplingParams(n=2)
+    algorithm = options.pop("algorithm", load("dapo"))
+    return collect(
+        engine, FakeTask(), fake_reward, algorithm, params, cursor=cursor, num_prompts=num_prompts, seed=5, **options
+    )
+
+
+class TestDynamicSampling:
+    def test_refills_until_full_and_no_further(self):
+        engine = FakeEngine()
+        got = run_collect(engine)
+        rounds = 0
+        wanted: list[int] = []
+        while len(wanted) < 6:
+            wanted += [i for i in range(100 + 6 * rounds, 106 + 6 * rounds) if informative(i)]
+            rounds += 1
+        assert 1 < rounds == len(engine.calls) and got.prompts_used == 6 * rounds
+        assert [g.prompt.id for g in got.groups] == [str(i) for i in wanted[:6]]
+
+    def test_nothing_twice_and_one_policy_version(self):
+        engine = FakeEngine()
+        got = run_collect(engine)
+        asked = [i for ids, _ in engine.calls for i in ids]
+        assert len(asked) == len(set(asked)) == got.prompts_used
+        assert len({seed for _, seed in engine.calls}) == len(engine.calls)
+        assert len({g.prompt.id for g in got.groups}) == 6
+        assert {t.policy_version for g in got.groups for t in g.trajectories} == {7}
+        assert len(got.raw_rewards) == 2 * got.prompts_used
+
+    def test_kept_groups_have_the_gradient_they_have_without_sampling(self):
+        """Only the denominator changes: advantages of a kept group are its own."""
+        got = run_collect(FakeEngine())
+        for group in got.groups:
+            assert load("dapo").advantages(group).tolist() == load("grpo").advantages(group).tolist()
+
+    def test_limit_raises(self):
+        engine = FakeEngine()
+        with pytest.raises(ValueError, match="2 generations of 6 prompts kept only"):
+            run_collect(engine, max_rounds=2)
+        assert len(engine.calls) == 2
+
+    def test_without_it_one_generation_is_enough(self):
+        engine = FakeEngine()
+        got = run_collect(engine, algorithm=load("dapo", dynamic_sampling=False))
+        assert len(engine.calls) == 1 and len(got.groups) == got.prompts_used == 6
+
+    def test_filter_sees_raw_rewards(self):
+        """Length shaping would tell equal answers apart; the filter comes before it."""
+        algorithm = load("dapo", overlong_max_length=2, overlong_cache=1)
+        got = run_collect(FakeEngine(), algorithm=algorithm)
+        assert all(informative(int(g.prompt.id)) for g in got.groups)
+        assert [t.reward for t in got.groups[0].trajectories] == [1.0, -1.0]
+        assert set(got.raw_rewards) == {0.0, 1.0}
