@@ -1,0 +1,226 @@
+"""One GRPO update through our Megatron policy against the same update of the transformers model in plain PyTorch.
+
+python -m tools.bench.train_step --model 10M --json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mcore_rl.algorithms.grpo import GRPO
+from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
+from mcore_rl.data.packing import Sample, pack_mini_batch
+from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.forward import Policy, forward_backward
+from mcore_rl.model.optimizer import build_training
+from mcore_rl.parallel import groups as process_groups
+from mcore_rl.parallel.groups import Groups
+from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.types import PackedBatch
+from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.shards import megatron_shards
+from tools.bench.models import EXPERTS, SIZES, load_hf_model, model_folder
+from tools.bench.side_by_side import check_equal, environment, fastest, interleave, quiet_stdout, show, throughput
+
+MAX_RELATIVE_DIFF = 1e-5
+OPTIMIZER = OptimizerConfig(lr=1e-5)
+ALGORITHM = GRPO()
+MICRO_BATCH_TOKENS = (8192, 1024)  # a micro-batch's budget of positions: each side takes the one that suits it
+OLD_LOGPROB_NOISE = 0.2  # makes ratios differ from 1 and some of them clip, as in a later mini-batch
+
+Step = Callable[[], tuple[float, float]]  # -> (loss, gradient norm)
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """A micro-batch of the rival: B sequences filled up on the right."""
+
+    token_ids: Tensor  # [B, L]
+    loss_mask: Tensor  # [B, L] bool, True where the next token is part of the response
+    targets: Tensor  # [N] next tokens where `loss_mask`
+    old_logprobs: Tensor  # [N]
+    advantages: Tensor  # [N]
+    weights: Tensor  # [N]
+
+
+def measure(
+    folder: Path, num_sequences: int, prompt_tokens: int, response_tokens: int, repeats: int, seed: int
+) -> dict:
+    """Check, then time; see docs/benchmarks.md for the keys."""
+    started = environment()
+    groups = process_groups.init(ParallelLayout(), timeout_s=60, seed=seed)
+    try:
+        hf = load_hf_model(folder, EXPERTS[0])
+        samples = _samples(num_sequences, prompt_tokens, response_tokens, hf.config.vocab_size, seed)
+        samples = _with_old_logprobs(hf, samples, seed)
+        ours, rivals = _our_steps(folder, groups, samples, response_tokens), _rival_steps(hf, samples)
+        equal = check_equal(_differences(next(iter(ours.values()))(), next(iter(rivals.values()))()))
+        our_best, rival_best = fastest(ours), fastest(rivals)
+        timings = interleave({"megatron": ours[our_best], "transformers": rivals[rival_best]}, repeats)
+    finally:
+        process_groups.destroy()
+    positions = sum(s.positions for s in samples)
+    return {
+        "benchmark": "train_step",
+        **throughput(timings, positions),
+        "equal": equal,
+        "ours_at_its_best": {"setting": our_best, "of": list(ours)},
+        "rival_at_its_best": {"setting": rival_best, "of": list(rivals)},
+        "work": {"positions": positions},
+        "environment": started,
+    }
+
+
+def _samples(count: int, prompt_tokens: int, response_tokens: int, vocab_size: int, seed: int) -> list[Sample]:
+    """Random tokens and advantages; response lengths uniform between a quarter and the whole of `response_tokens`.
+
+    Advantages of mean 1 keep the loss away from 0, where a relative difference says nothing.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low = max(1, response_tokens // 4)
+    lengths = torch.randint(low, response_tokens + 1, (count,), generator=generator).tolist()
+    advantages = (1 + torch.randn(count, generator=generator)).tolist()
+    tokens = [torch.randint(vocab_size, (prompt_tokens + n,), generator=generator).tolist() for n in lengths]
+    return [Sample(tuple(t), n, a, (0.0,) * n) for t, n, a in zip(tokens, lengths, advantages)]
+
+
+@torch.no_grad()
+def _with_old_logprobs(hf: PreTrainedModel, samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Log-probs of another policy: the model's own, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for sample in samples:
+        (batch,) = _padded_batches([sample], sample.positions)
+        logprobs = _logprobs(hf, batch)
+        noisy = logprobs + OLD_LOGPROB_NOISE * torch.randn(logprobs.shape, generator=generator)
+        out.append(replace(sample, rollout_logprobs=tuple(noisy.tolist())))
+    return out
+
+
+def _our_steps(folder: Path, groups: Groups, samples: Sequence[Sample], max_response: int) -> dict[str, Step]:
+    """One step, in micro-batches of different sizes."""
+    hf_config = read_hf_config(folder)
+    chunks = build_model(hf_config, ModelConfig(path=str(folder)), groups)
+    load_hf(folder, megatron_shards(chunks, hf_config, groups))
+    training = build_training(chunks, OPTIMIZER, ParallelConfig(), total_steps=1)
+    policy = Policy(training.chunks, groups, vocab_size=hf_config.vocab_size)
+
+    def step(batches: Sequence[PackedBatch]) -> tuple[float, float]:
+        training.zero_grad()
+        loss = sum(out.loss.item() for out in forward_backward(policy, batches, ALGORITHM.loss))
+        grad_norm, _ = training.step()
+        return loss, grad_norm
+
+    steps = {}
+    for budget in MICRO_BATCH_TOKENS:
+        packed = pack_mini_batch(samples, ALGORITHM, rank=0, num_ranks=1, budget=budget, max_response=max_response)
+        steps[f"{budget} tokens"] = partial(step, [replace(b, old_logprobs=b.rollout_logprobs) for b in packed])
+    return steps
+
+
+def _padded_batches(samples: Sequence[Sample], budget: int) -> list[PaddedBatch]:
+    """Sequences of similar length together, so that little is padding; as many as fit the budget with it."""
+    ordered = sorted(samples, key=lambda s: -s.positions)
+    batches, start = [], 0
+    while start < len(ordered):
+        count = max(1, budget // ordered[start].positions)
+        batches.append(_pad(ordered[start : start + count], len(samples)))
+        start += count
+    return batches
+
+
+def _pad(samples: Sequence[Sample], num_sequences: int) -> PaddedBatch:
+    longest = samples[0].positions
+    token_ids = torch.tensor([s.token_ids[:-1] + (0,) * (longest - s.positions) for s in samples])
+    column = torch.arange(longest)
+    first = torch.tensor([s.positions - s.num_response for s in samples])[:, None]
+    last = torch.tensor([s.positions for s in samples])[:, None]
+    per_token = [(s.advantage, 1 / (num_sequences * s.num_response)) for s in samples for _ in range(s.num_response)]
+    advantages, weights = torch.tensor(per_token).unbind(1)
+    return PaddedBatch(
+        token_ids=token_ids,
+        loss_mask=(column >= first) & (column < last),
+        targets=torch.tensor([t for s in samples for t in s.token_ids[-s.num_response :]]),
+        old_logprobs=torch.tensor([x for s in samples for x in s.rollout_logprobs]),
+        advantages=advantages,
+        weights=weights,
+    )
+
+
+def _rival_steps(hf: PreTrainedModel, samples: Sequence[Sample]) -> dict[str, Step]:
+    """A training step as one writes it without a framework, for each experts implementation and micro-batch size."""
+    betas = (OPTIMIZER.beta1, OPTIMIZER.beta2)
+    optimizer = torch.optim.AdamW(
+        hf.parameters(), OPTIMIZER.lr, betas, OPTIMIZER.eps, weight_decay=OPTIMIZER.weight_decay, fused=True
+    )
+    hf.train()
+
+    def step(experts: str, batches: Sequence[PaddedBatch]) -> tuple[float, float]:
+        hf.set_experts_implementation(experts)
+        optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            ratio = (_logprobs(hf, batch) - batch.old_logprobs).exp()
+            clipped = ratio.clamp(1 - ALGORITHM.clip_low, 1 + ALGORITHM.clip_high)
+            per_token = -torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+            loss = (batch.weights * per_token).sum()
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), OPTIMIZER.clip_grad)
+        optimizer.step()
+        return total, norm.item()
+
+    return {
+        f"{experts}, {budget} tokens": partial(step, experts, _padded_batches(samples, budget))
+        for experts in EXPERTS
+        for budget in MICRO_BATCH_TOKENS
+    }
+
+
+def _logprobs(hf: PreTrainedModel, batch: PaddedBatch) -> Tensor:
+    """[N] of the targets. Padding on the right needs no mask under causal attention, and has no logits."""
+    hidden = hf.model(input_ids=batch.token_ids, use_cache=False).last_hidden_state
+    return -F.cross_entropy(hf.lm_head(hidden[batch.loss_mask]), batch.targets, reduction="none")
+
+
+def _differences(ours: tuple[float, float], theirs: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    names = ("loss_relative_diff", "grad_norm_relative_diff")
+    return {name: (abs(a - b) / abs(b), MAX_RELATIVE_DIFF) for name, a, b in zip(names, ours, theirs)}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
+    sequences: Annotated[int, typer.Option(min=1, help="of one update")] = 64,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    response_tokens: Annotated[int, typer.Option(min=1, help="of the longest; the shortest has a quarter")] = 128,
+    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+) -> None:
+    """A GRPO update, Megatron against plain PyTorch, in fp32 on one thread (OMP_NUM_THREADS changes it)."""
+    work = dict(num_sequences=sequences, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
+    work |= dict(repeats=repeats, seed=seed)
+    try:
+        with quiet_stdout(), model_folder(model, seed) as folder:
+            result = measure(folder, **work)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    show(result | {"settings": dict(model=model) | work}, json)
+
+
+if __name__ == "__main__":
+    app()
