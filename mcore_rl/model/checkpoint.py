@@ -73,10 +73,11 @@ def save_checkpoint(
         dist.barrier()
         on_rank_0(groups, publish)
     except (OSError, CheckpointException) as error:
-        message = _why_not_written(final, error)
+        failure = OSError(_why_not_written(final, error))
+        failure.told = groups.rank != 0  # it is the same on every rank (mcore_rl.launch.tell)
         if groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(message) from error
+        raise failure from error
     return final
 
 
@@ -91,7 +92,7 @@ def _why_not_written(checkpoint: Path, error: BaseException) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or (free is not None and free < _NEARLY_NOTHING)
     cause = f"disk full, {free} bytes are free" if full else str(error).strip().splitlines()[-1]
     return (
-        f"checkpoint {str(checkpoint)!r} cannot be written: {cause}; earlier checkpoints are untouched: make room, then "
+        f"checkpoint {str(checkpoint)!r} cannot be written: {cause}; earlier ones are untouched: make room, then "
         "continue with resume=true"
     )
 
