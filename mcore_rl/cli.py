@@ -64,13 +64,20 @@ def generate(
     from transformers import AutoTokenizer
 
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
+    from mcore_rl.data.prompts import encode
     from mcore_rl.model.build import read_hf_config
     from mcore_rl.rollout.vllm_engine import open_engine
     from mcore_rl.types import Prompt, SamplingParams
 
-    read_hf_config(model)
+    room = read_hf_config(model).max_position_embeddings - max_tokens
     tokenizer = AutoTokenizer.from_pretrained(model)
-    asked = [Prompt(f"argument/{i}", tuple(tokenizer.encode(text)), text) for i, text in enumerate(prompts)]
+    asked = [Prompt(f"argument/{i}", encode(tokenizer, text, special=True), text) for i, text in enumerate(prompts)]
+    for prompt in asked:
+        if not 1 <= len(prompt.token_ids) <= room:
+            raise ValueError(
+                f"prompt {prompt.text[:80]!r} has {len(prompt.token_ids)} tokens; with --max-tokens={max_tokens} this "
+                f"model takes 1 to {room}"
+            )
     engine = open_engine(
         RolloutConfig(max_response_tokens=max_tokens),
         WeightSyncConfig(),
