@@ -21,6 +21,7 @@ RHO = torch.tensor([1.0, 2.0, 8.0, 1.0, 0.25, 1.0], dtype=F64)  # products 16 an
     [
         ("none", 0, 1, [1, 1], [1, 1]),
         ("tis_token", 0, 3, [2, 3], [0.25, 1]),
+        ("tis_token", 0.5, 3, [2, 3], [0.25, 1]),  # truncation has no lower bound
         ("icepop_token", 0.5, 5, [2, 0], [0, 1]),
         ("icepop_token", 0.2, 9, [2, 8], [0.25, 1]),
         ("tis_seq_geo", 0, 3, [3, 3], [0.5, 0.5]),
@@ -32,7 +33,8 @@ RHO = torch.tensor([1.0, 2.0, 8.0, 1.0, 0.25, 1.0], dtype=F64)  # products 16 an
     ],
 )
 def test_by_hand(kind, low, high, first, second):
-    weight = correction_weights(RHO.log(), MASK, SEGMENTS, kind=kind, low=low, high=high)
+    weight = correction_weights(RHO.log().requires_grad_(), MASK, SEGMENTS, kind=kind, low=low, high=high)
+    assert not weight.requires_grad
     assert weight[MASK].tolist() == pytest.approx([*first, *second], rel=1e-12)
 
 
