@@ -1,4 +1,4 @@
-"""mcore-rl: train, generate, evaluate."""
+"""mcore-rl: train, generate, pairs, evaluate."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mcore_rl.config import ParallelConfig, dump_config, load_config
 from mcore_rl.launch import exit_code, tell
+
+if TYPE_CHECKING:
+    from mcore_rl.run import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -96,6 +99,40 @@ def generate(
 
 
 @app.command()
+def pairs(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder for train.jsonl and eval.jsonl")] = Path("pairs"),
+    prompts: Annotated[int, typer.Option(min=1, help="training prompts to answer")] = 1024,
+    model: Annotated[Path | None, typer.Option(help="HF folder that answers; default: model.path of CONFIG")] = None,
+) -> None:
+    """Build preference pairs: rollout.group_size answers a prompt, scored; the best against the worst."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from mcore_rl.rollout.collect import score
+    from mcore_rl.rollout.pairs import pairs_of, write_rows
+    from mcore_rl.run import open_plan_engine, rollout_sampling
+
+    plan = _engine_plan(config, overrides, model)
+    task, seed = plan.task, plan.config.seed
+    asked = {
+        "train": [task.train_prompt(i) for i in range(prompts)],
+        "eval": task.eval_prompts(plan.config.evaluate.prompts),
+    }
+    with closing(open_plan_engine(plan)) as engine:
+        for split, questions in asked.items():
+            rows = []
+            step = plan.config.batch.prompts_per_step
+            for start in track(range(0, len(questions), step), description=split, console=Console(stderr=True)):
+                part = questions[start : start + step]
+                groups = engine.generate(part, rollout_sampling(plan.config), seed=seed + start)
+                rows += pairs_of(score(group, plan.reward) for group in groups)
+            write_rows(out / f"{split}.jsonl", rows)
+            print(f"{out / split}.jsonl: {len(rows)} pairs of {len(questions)} prompts")
+
+
+@app.command()
 def evaluate(
     config: ConfigFile,
     overrides: Overrides = None,
@@ -103,15 +140,11 @@ def evaluate(
 ) -> None:
     """Score a HF folder on CONFIG's held-out prompts; one JSON object."""
     from mcore_rl.rollout.collect import evaluate as evaluate_policy
-    from mcore_rl.run import evaluation_sampling, make_plan, open_plan_engine
+    from mcore_rl.run import evaluation_sampling, open_plan_engine
 
     asked = load_config(config, overrides or ())
     path = str(model or asked.run_dir / "hf")
-    # the trainer's layout plays no part here: one engine answers
-    plan = make_plan(
-        asked.model_copy(update={"model": asked.model.model_copy(update={"path": path}), "parallel": ParallelConfig()}),
-        1,
-    )
+    plan = _engine_plan(config, overrides, Path(path))
     with closing(open_plan_engine(plan)) as engine:
         result = evaluate_policy(
             engine,
@@ -124,8 +157,21 @@ def evaluate(
     print(json.dumps({"model": path, **result}))
 
 
+def _engine_plan(config: Path, overrides: list[str] | None, model: Path | None) -> Plan:
+    """The plan of CONFIG for one engine alone: the trainer's layout plays no part."""
+    from mcore_rl.run import make_plan
+
+    asked = load_config(config, overrides or ())
+    changes: dict = {"parallel": ParallelConfig()}
+    if model is not None:
+        changes["model"] = asked.model.model_copy(update={"path": str(model)})
+    return make_plan(asked.model_copy(update=changes), 1)
+
+
 def main() -> None:
     """Entry point of the console script; exit code 2 is a user's mistake, 1 a failure."""
+    # as torchrun does: threads of several processes on the same cores wait for each other, up to 30 times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         app()
     except Exception as error:  # noqa: BLE001  told in words or with its traceback

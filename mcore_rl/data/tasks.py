@@ -99,7 +99,9 @@ def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: in
     if data.task == "digit_sort":
         return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n"}, data.task))
     if data.task == "file":
-        return FileTask(data, tokenizer, seed, limit, **_checked(data.params, {"response_key"}, data.task))
+        return FileTask(
+            data, tokenizer, seed, limit, **_checked(data.params, {"response_key", "answer_after"}, data.task)
+        )
     if data.task.startswith("reasoning_gym/"):
         return ReasoningGym(data, tokenizer, seed, limit)
     known = ["digit_sort", "file", *(f"reasoning_gym/{name}" for name in _gym_names())]
@@ -241,12 +243,20 @@ class FileTask(Task):
 
     name = "file"
 
-    def __init__(self, data: DataConfig, tokenizer: Any, seed: int, limit: int | None, response_key: str = "response"):
+    def __init__(
+        self,
+        data: DataConfig,
+        tokenizer: Any,
+        seed: int,
+        limit: int | None,
+        response_key: str = "response",
+        answer_after: str | None = None,
+    ):
         if data.train_file is None:
             raise ValueError("data.task=file needs data.train_file, a .jsonl or .parquet file of prompts")
         if data.eval_file is None:
             raise ValueError("data.task=file needs data.eval_file, prompts in the same form that training never sees")
-        self.tokenizer, self.seed, self.response_key = tokenizer, seed, response_key
+        self.tokenizer, self.seed, self.response_key, self.answer_after = tokenizer, seed, response_key, answer_after
         self.train = load_examples(data.train_file, data, tokenizer, response_key, limit)
         self.held_out = load_examples(data.eval_file, data, tokenizer, response_key, limit)
         self.max_prompt_tokens = max(len(example.prompt.token_ids) for example in (*self.train, *self.held_out))
@@ -266,6 +276,11 @@ class FileTask(Task):
                 "with data.params.response_key), or end its messages with the assistant's"
             )
         return example.prompt.token_ids, encode_response(self.tokenizer, example.response)
+
+    def extract_answer(self, response: str) -> str | None:
+        if self.answer_after is None:
+            return response.strip()
+        return response.rpartition(self.answer_after)[2].strip() if self.answer_after in response else None
 
     def pair_example(self, index: int) -> PairIds:
         return encode_pair(self.tokenizer, self._example(index).prompt)
