@@ -106,6 +106,8 @@ def main() -> None:
         raise SystemExit("usage: torchrun --nproc-per-node N -m mcore_rl.train CONFIG.yaml key.sub=value ...")
     try:
         train(load_config(arguments[0], arguments[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # the launcher tells it
     except Exception as error:  # noqa: BLE001  told in words or with its traceback
         tell(error)
         raise SystemExit(exit_code(error)) from None
