@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +214,11 @@ class TestRegistry:
 def test_unscored_group_is_an_error():
     with pytest.raises(ValueError, match="unscored"):
         assert make_group(1.0, None).rewards is None
+
+
+def test_the_documented_example():
+    page = (Path(__file__).parents[2] / "docs" / "algorithms_math.md").read_text()
+    names: dict = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["result"].loss.item() == pytest.approx(-1.1) and names["logprobs"].grad.tolist() == [0, -0.5, 0]
+    assert names["result"].metrics["policy/clip_frac"] == 1
