@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,7 +71,8 @@ def save_checkpoint(
         for name, training in trained.items():
             state = _sharded_state(training, loading=False)
             state["progress"] = asdict(progress)
-            dist_checkpointing.save(state, str(partial / name))
+            with _quiet():
+                dist_checkpointing.save(state, str(partial / name))
         dist.barrier()
         on_rank_0(groups, publish)
     except (OSError, CheckpointException) as error:
@@ -110,7 +113,8 @@ def load_checkpoint(folder: Path, trained: Mapping[str, Training]) -> Progress |
 def _load(folder: Path, training: Training) -> Progress:
     _materialise_optimizer_state(training)
     state = _sharded_state(training, loading=True)
-    state = dist_checkpointing.load(state, str(folder))
+    with _quiet():
+        state = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{i}"], strict=True)
     training.optimizer.load_state_dict(state["optimizer"])
@@ -118,6 +122,14 @@ def _load(folder: Path, training: Training) -> Progress:
     torch.set_rng_state(state["rng"]["torch"])
     get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
     return Progress(**state["progress"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron calls parts of torch that announce their end."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _complete(folder: Path) -> list[int]:
