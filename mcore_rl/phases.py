@@ -173,6 +173,12 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
     return {**metrics, "num_positions": totals["positions"]}
 
 
+def adapt_kl(run: Run, metrics: Metrics, num_samples: int) -> Run:
+    """The run with the KL coefficient of the next step."""
+    algorithm = run.plan.algorithm.adapt_kl(metrics.get("policy/kl_rollout", 0.0), num_samples)
+    return replace(run, plan=replace(run.plan, algorithm=algorithm))
+
+
 def optimise(
     run: Run,
     training: Training,

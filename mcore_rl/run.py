@@ -172,6 +172,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
             critic = Scorer(critic_training.chunks, groups)
         trained = {"policy": training} | ({"critic": critic_training} if critic_training else {})
         start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
+        if start.kl_coef is not None and getattr(plan.algorithm, "kl_target", 0) > 0:
+            plan = replace(plan, algorithm=replace(plan.algorithm, kl_coef=start.kl_coef))
         exporter = WeightExporter(chunks, plan.hf_config, groups)
         engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
         if engine is not None:

@@ -15,6 +15,7 @@ from mcore_rl.metrics import Timers, progress_display
 from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.phases import (
     Metrics,
+    adapt_kl,
     collect_rollouts,
     evaluate,
     pack,
@@ -48,8 +49,9 @@ def train(config: RunConfig) -> Path:
                     mini_batches, scored = score_old(run, mini_batches)
                 with timers("update"):
                     updated = update(run, mini_batches, done.step)
-                done = Progress(done.step + 1, done.prompts_seen + prompts_used, done.policy_version + 1)
                 metrics = {**collected, **scored, **updated}
+                run = adapt_kl(run, metrics, len(samples))
+                done = done.after_step(prompts_used, run.plan.algorithm.kl_coef)
                 if rl or due(config, config.evaluate.every, done.step):
                     with timers("sync"):
                         metrics |= sync_weights(run, done.policy_version)

@@ -22,6 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 MEGATRON_HOMES = ("mcore_rl/model/", "mcore_rl/parallel/", "mcore_rl/weights/", "moe/adapters/")
 VLLM_HOMES = (
     "mcore_rl/rollout/vllm_engine.py",
+    "mcore_rl/rollout/vllm_arguments.py",
     "mcore_rl/rollout/vllm_patches.py",
     "mcore_rl/rollout/weight_transfer.py",
     "mcore_rl/rollout/weight_backends.py",

@@ -127,6 +127,10 @@ class Algorithm:
         """The batch once the metrics of `token_advantages` were summed over micro-batches and ranks, into `totals`."""
         return batch
 
+    def adapt_kl(self, kl: float, num_samples: int) -> Algorithm:
+        """The algorithm of the next step, after `num_samples` responses whose mean "policy/kl_rollout" was `kl`."""
+        return self
+
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [T] to minimise and metrics [T], both meaningful where `batch.loss_mask` is True."""
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss")

@@ -93,7 +93,6 @@ class PPO(Algorithm):
         return reduce_tokens(batch, loss, metrics)
 
     def adapt_kl(self, kl: float, num_samples: int) -> PPO:
-        """The algorithm of the next step, after `num_samples` responses whose mean "policy/kl_rollout" was `kl`."""
         if self.kl_target == 0:
             return self
         rule = dict(target=self.kl_target, num_samples=num_samples, horizon=self.kl_horizon)

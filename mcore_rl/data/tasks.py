@@ -16,71 +16,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from mcore_rl.config import DataConfig
-from mcore_rl.data.preferences import PairIds, encode_pair
-from mcore_rl.data.prompts import Example, encode, encode_response, load_examples, render
+from mcore_rl.data.file_task import FileTask
+from mcore_rl.data.prompts import encode, encode_response, render
+from mcore_rl.data.task import Task
 from mcore_rl.types import Prompt
 
 TRAIN, EVAL = "train", "eval"
 DRAWS = 256  # tries at a prompt, as long as it is in the wrong split or too long
 GYM_PROMPT_TOKENS = 1024  # longer questions are drawn again, unless data.max_prompt_tokens says otherwise
 T = TypeVar("T")
-
-
-class Task:
-    """A source of prompts.
-
-    Attributes:
-        name: as in `data.task`.
-        reward_default: reward spec that fits the task, what `reward: auto` stands for.
-        max_prompt_tokens: longest prompt the task can return.
-    """
-
-    name: str
-    reward_default: str = "exact_match"
-    max_prompt_tokens: int
-
-    def train_prompt(self, index: int) -> Prompt:
-        """Training prompt number `index` (from 0, without end)."""
-        raise NotImplementedError
-
-    def eval_prompts(self, n: int) -> list[Prompt]:
-        """The first `n` held-out prompts; fewer where the task has no more."""
-        raise NotImplementedError
-
-    def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(prompt token ids, reference response token ids with the end token) of training example `index`.
-
-        Raises:
-            ValueError: the task has no reference responses.
-        """
-        raise ValueError(f"task {self.name!r} has no reference responses for SFT; use digit_sort or a file that has")
-
-    def pair_example(self, index: int) -> PairIds:
-        """Preference pair `index` of the training data.
-
-        Raises:
-            ValueError: the task has no preference pairs.
-        """
-        raise ValueError(f"task {self.name!r} has no preference pairs; use data.task=file with chosen and rejected")
-
-    def eval_pairs(self, n: int) -> list[PairIds]:
-        """The first `n` held-out preference pairs."""
-        return []
-
-    def extract_answer(self, response: str) -> str | None:
-        """The part of a response that is compared with the answer; None if there is none."""
-        return response.strip()
-
-    def score(self, prompt: Prompt, response: str) -> float:
-        """The task's own scorer.
-
-        Raises:
-            ValueError: the task has none.
-        """
-        raise ValueError(
-            f"task {self.name!r} has no scorer of its own; "
-            "use reward=exact_match, math_verify, regex:PATTERN or module:function"
-        )
 
 
 def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: int | None = None) -> Task:
@@ -236,66 +180,6 @@ class ReasoningGym(Task):
         if self.gym_name == "composite" and isinstance(params.get("datasets"), list):
             params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}, **spec}) for spec in params["datasets"]]
         return params
-
-
-class FileTask(Task):
-    """Prompts of `data.train_file`, shuffled anew every epoch, and of `data.eval_file` in the file's order."""
-
-    name = "file"
-
-    def __init__(
-        self,
-        data: DataConfig,
-        tokenizer: Any,
-        seed: int,
-        limit: int | None,
-        response_key: str = "response",
-        answer_after: str | None = None,
-    ):
-        if data.train_file is None:
-            raise ValueError("data.task=file needs data.train_file, a .jsonl or .parquet file of prompts")
-        if data.eval_file is None:
-            raise ValueError("data.task=file needs data.eval_file, prompts in the same form that training never sees")
-        self.tokenizer, self.seed, self.response_key, self.answer_after = tokenizer, seed, response_key, answer_after
-        self.train = load_examples(data.train_file, data, tokenizer, response_key, limit)
-        self.held_out = load_examples(data.eval_file, data, tokenizer, response_key, limit)
-        self.max_prompt_tokens = max(len(example.prompt.token_ids) for example in (*self.train, *self.held_out))
-        self.order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def train_prompt(self, index: int) -> Prompt:
-        return self._example(index).prompt
-
-    def eval_prompts(self, n: int) -> list[Prompt]:
-        return [example.prompt for example in self.held_out[:n]]
-
-    def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        example = self._example(index)
-        if example.response is None:
-            raise ValueError(
-                f"{example.prompt.id} has no reference response for SFT; add the key {self.response_key!r} (or name it "
-                "with data.params.response_key), or end its messages with the assistant's"
-            )
-        return example.prompt.token_ids, encode_response(self.tokenizer, example.response)
-
-    def extract_answer(self, response: str) -> str | None:
-        if self.answer_after is None:
-            return response.strip()
-        return response.rpartition(self.answer_after)[2].strip() if self.answer_after in response else None
-
-    def pair_example(self, index: int) -> PairIds:
-        return encode_pair(self.tokenizer, self._example(index).prompt)
-
-    def eval_pairs(self, n: int) -> list[PairIds]:
-        return [encode_pair(self.tokenizer, example.prompt) for example in self.held_out[:n]]
-
-    def _example(self, index: int) -> Example:
-        epoch, position = divmod(index, len(self.train))
-        return self.train[self.order(epoch)[position]]
-
-    def _shuffled(self, epoch: int) -> list[int]:
-        order = list(range(len(self.train)))
-        random.Random(f"file/{self.seed}/{epoch}").shuffle(order)
-        return order
 
 
 def _split_of(text: str, one_in: int) -> str:

@@ -36,7 +36,10 @@ class Progress:
     step: int = 0  # finished training steps
     prompts_seen: int = 0  # data cursor
     policy_version: int = 0  # weight updates sent to the rollout engine
-    kl_coef: float | None = None  # where the algorithm adapts it
+    kl_coef: float | None = None  # of the next step; PPO can adapt it
+
+    def after_step(self, prompts_used: int, kl_coef: float) -> Progress:
+        return Progress(self.step + 1, self.prompts_seen + prompts_used, self.policy_version + 1, kl_coef)
 
 
 def save_checkpoint(

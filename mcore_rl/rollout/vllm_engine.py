@@ -24,10 +24,8 @@ from mcore_rl.rollout.engine import (
     request_seeds,
 )
 from mcore_rl.rollout.server_engine import ServerEngine
+from mcore_rl.rollout.vllm_arguments import engine_arguments, sampling_params
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
-
-WORKER_EXTENSION = "mcore_rl.rollout.worker_extension.WorkerExtension"
-MAX_BATCHED_TOKENS = 8192
 
 
 def open_engine(
@@ -113,9 +111,7 @@ class VLLMEngine:
         self._num_requests = 0
         self._decode = load_decoder(model_path)
         isolation.prepare_environment(backend)
-        arguments = _engine_arguments(
-            model_path, backend, dtype, max_model_len, rollout, seed, self._decode is not None
-        )
+        arguments = engine_arguments(model_path, backend, dtype, max_model_len, rollout, seed, self._decode is not None)
         self._llm = _start(arguments, placement, rollout.startup_timeout_s)
         if placement == "child":
             threading.Thread(target=_fail_waiters, args=(self._llm.engine_core,), daemon=True).start()
@@ -186,7 +182,7 @@ class VLLMEngine:
                 ids.append(str(self._num_requests))
                 self._num_requests += 1
                 tokens = {"prompt_token_ids": list(prompt.token_ids)}
-                self._llm.add_request(ids[-1], tokens, _sampling(params, prompt_seed))
+                self._llm.add_request(ids[-1], tokens, sampling_params(params, prompt_seed))
             finished = {}
             while self._llm.has_unfinished_requests():
                 finished.update((output.request_id, output) for output in self._llm.step() if output.finished)
@@ -244,40 +240,6 @@ class _LocalSyncClient:
         self._engine.reset_prefix_cache()
 
 
-def _engine_arguments(
-    model_path: str,
-    backend: str,
-    dtype: str,
-    max_model_len: int,
-    rollout: RolloutConfig,
-    seed: int,
-    has_tokenizer: bool,
-) -> dict[str, Any]:
-    from vllm.config import WeightTransferConfig
-    from vllm.platforms import current_platform
-
-    arguments = dict(
-        model=model_path,
-        skip_tokenizer_init=not has_tokenizer,
-        dtype=dtype,
-        seed=seed,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max(MAX_BATCHED_TOKENS, max_model_len),
-        tensor_parallel_size=rollout.tensor_parallel_size,
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls=WORKER_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=backend),
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
-    if not current_platform.is_cpu():
-        return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization)
-    # A prompt computed in chunks rolls its request's generator back, which a CPU generator cannot do.
-    return arguments | dict(
-        enforce_eager=True, enable_chunked_prefill=False, kv_cache_memory_bytes=int(rollout.kv_cache_gb * 2**30)
-    )
-
-
 def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
     child = placement == "child"
     with isolation.start_environment(child, timeout_s):
@@ -319,22 +281,3 @@ def _fail_waiters(core: Any) -> None:
     for waiter in list(core.utility_results.values()):
         if not waiter.done():
             waiter.set_exception(EngineDeadError())
-
-
-def _sampling(params: SamplingParams, seed: int) -> Any:
-    from vllm.sampling_params import RequestOutputKind
-    from vllm.sampling_params import SamplingParams as VLLMSamplingParams
-
-    return VLLMSamplingParams(
-        n=params.n,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_tokens=params.max_tokens,
-        stop=list(params.stop),
-        stop_token_ids=list(params.stop_token_ids),
-        seed=seed,
-        logprobs=0,
-        detokenize=bool(params.stop),
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
