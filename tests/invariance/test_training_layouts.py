@@ -1,4 +1,5 @@
-"""The same training whatever the layout: loss, metrics and gradients of one step of every algorithm, and a trajectory.
+"""The same training whatever the layout: loss, metrics and gradients of one step of every algorithm and of a critic,
+and a trajectory.
 
 Everything is compared with one rank in fp32. Gradients are gathered to HF names. Adam runs with eps 1e-3: with a small
 one its first steps turn rounding noise into steps of full size.
@@ -72,18 +73,20 @@ def run_case(case: dict, groups) -> None:
         return {name: tensor.clone() for name, tensor in exporter if tensor is not None}
 
     def batches(algorithm) -> list:
+        unit = 2 if "pairs" in algorithm.needs else 1
         packed = pack_mini_batch(
             make_samples(), algorithm, rank=groups.coords.dp, num_ranks=groups.layout.dp, budget=case["budget"],
             max_response=16, multiple=groups.layout.tp, rounds=groups.layout.pp if groups.layout.vpp > 1 else 1,
+            unit=unit,
         )  # fmt: skip
         longest = max(b.token_ids.numel() for b in packed) if groups.layout.pp > 1 else 1
         packed = [pad(b, longest) for b in packed]
         return [replace(b, old_logprobs=b.rollout_logprobs, ref_logprobs=b.rollout_logprobs + 0.1) for b in packed]
 
-    def accumulate(algorithm) -> dict[str, float]:
+    def accumulate(algorithm, training=training, model=policy, loss=None) -> dict[str, float]:
         training.zero_grad()
         sums = {"loss": 0.0}
-        for result in forward_backward(policy, batches(algorithm), algorithm.loss):
+        for result in forward_backward(model, batches(algorithm), loss or algorithm.loss):
             sums["loss"] += result.loss.item()
             for key, value in result.metrics.items():
                 sums[key] = sums.get(key, 0.0) + value.item()
@@ -94,16 +97,22 @@ def run_case(case: dict, groups) -> None:
     }
     start = [p.data.clone() for c in chunks for p in c.parameters()]
     for name in algorithms.available():
-        if "pairs" in algorithms.load(name).needs:  # the samples here are no pairs
-            continue
-        algorithm = algorithms.load(name, kl_coef=ALGORITHMS_KL, entropy_coef=0.01)
+        has_extras = "pairs" not in algorithms.load(name).needs
+        algorithm = algorithms.load(name, **(dict(kl_coef=ALGORITHMS_KL, entropy_coef=0.01) if has_extras else {}))
         results[name] = {"sums": accumulate(algorithm)}
         if not parallel.distributed_optimizer:  # there each rank holds the reduced gradient of its own part only
-            for p in (p for c in chunks for p in c.parameters()):
-                p.data.copy_(p.main_grad)
-            results[name]["grads"] = weights()
+            results[name]["grads"] = gradients(chunks, exporter)
             for p, w in zip((p for c in chunks for p in c.parameters()), start):
                 p.data.copy_(w)
+    critic_chunks, critic_exporter, critic_training, critic = make_critic(hf_config, model, groups, parallel)
+    ppo = algorithms.load("ppo")
+
+    def value_loss(batch, out):
+        return ppo.value_loss(replace(batch, values=batch.advantages, returns=batch.old_logprobs), out.values)
+
+    results["critic"] = {"sums": accumulate(ppo, critic_training, critic, value_loss)}
+    if not parallel.distributed_optimizer:
+        results["critic"]["grads"] = gradients(critic_chunks, critic_exporter)
     algorithm = algorithms.load("grpo", kl_coef=ALGORITHMS_KL)
     results["trajectory"] = []
     for _ in range(STEPS):
@@ -114,13 +123,40 @@ def run_case(case: dict, groups) -> None:
         torch.save(results, case["out"])
 
 
+def gradients(chunks: list, exporter) -> dict:
+    """Gathered to HF names, by way of the parameters, which are overwritten."""
+    for p in (p for c in chunks for p in c.parameters()):
+        p.data.copy_(p.main_grad)
+    return {name: tensor.clone() for name, tensor in exporter if tensor is not None}
+
+
+def make_critic(hf_config, model, groups, parallel) -> tuple:
+    from mcore_rl.config import OptimizerConfig
+    from mcore_rl.model.build import build_model
+    from mcore_rl.model.forward import Scorer
+    from mcore_rl.model.heads import as_scorer
+    from mcore_rl.model.optimizer import build_training
+    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.shards import megatron_shards
+    from mcore_rl.weights.sync import WeightExporter
+
+    config = as_scorer(hf_config)
+    chunks = build_model(config, model, groups)
+    shards = megatron_shards(chunks, config, groups)
+    load_hf(model.path, [s for s in shards if s.hf_name != "score.weight"])
+    for shard in (s for s in shards if s.hf_name == "score.weight"):
+        shard.view.copy_(torch.arange(shard.view.numel()).sin().view_as(shard.view))
+    training = build_training(chunks, OptimizerConfig(), parallel, total_steps=100)
+    return chunks, WeightExporter(chunks, config, groups), training, Scorer(training.chunks, groups)
+
+
 def make_samples() -> list:
     """A frozen rollout: uneven lengths, advantages of both signs, old log-probs off the policy's."""
     from mcore_rl.data.packing import Sample
 
     rng = random.Random(0)
     samples = []
-    for i in range(9):
+    for i in range(10):
         prompt, response = rng.randint(2, 9), rng.randint(1, 12)
         tokens = tuple(rng.randrange(97) for _ in range(prompt + response))
         logprobs = tuple(-4.5 + rng.gauss(0, 0.5) for _ in range(response))
