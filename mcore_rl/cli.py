@@ -1,4 +1,4 @@
-"""mcore-rl: train, generate, pairs, evaluate."""
+"""mcore-rl: train, lint, generate, pairs, evaluate."""
 
 from __future__ import annotations
 
@@ -130,6 +130,22 @@ def pairs(
                 rows += pairs_of(score(group, plan.reward) for group in groups)
             write_rows(out / f"{split}.jsonl", rows)
             print(f"{out / split}.jsonl: {len(rows)} pairs of {len(questions)} prompts")
+
+
+@app.command()
+def lint(config: ConfigFile, overrides: Overrides = None) -> None:
+    """List what in CONFIG would learn nothing, or something else than meant. Exit code 2 where that is certain."""
+    from mcore_rl import algorithms
+    from mcore_rl.lint import lint as findings_of
+
+    asked = load_config(config, overrides or ())
+    fields = dict(asked.algorithm)
+    findings = findings_of(asked, algorithms.load(fields.pop("name", "grpo"), **fields))
+    for finding in findings:
+        print(finding)
+    if not findings:
+        print("nothing found")
+    raise typer.Exit(2 if any(f.level == "error" for f in findings) else 0)
 
 
 @app.command()

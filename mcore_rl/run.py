@@ -15,6 +15,7 @@ from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig, dump_config
 from mcore_rl.data.tasks import Task, build_task
 from mcore_rl.launch import tell
+from mcore_rl.lint import lint
 from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
@@ -106,6 +107,9 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         )
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
     _check_sizes(config, algorithm, hf_config, task)
+    errors = [str(f) for f in lint(config, algorithm) if f.level == "error"]
+    if errors:
+        raise ValueError("; ".join(errors))
     if "pairs" in algorithm.needs:
         task.pair_example(0)
     if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
@@ -183,6 +187,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         log = on_rank_0_only(groups, lambda: _open_log(plan, start))
         if log is not None:
             stack.callback(log.close)
+            for finding in lint(config, plan.algorithm):
+                print(finding, flush=True)
             if config.resume:
                 where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
                 print(f"{config.name}: {where}", flush=True)

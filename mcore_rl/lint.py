@@ -1,0 +1,94 @@
+"""Configurations that run and learn nothing, or something else than meant: said before the run starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mcore_rl.algorithms.base import Algorithm, GroupAlgorithm
+from mcore_rl.algorithms.dapo import DAPO
+from mcore_rl.algorithms.gspo import GSPO
+from mcore_rl.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to look at. An error stops the run, a warning is printed."""
+
+    level: Literal["error", "warning"]
+    key: str  # of the configuration
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.key}: {self.message}"
+
+
+def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    """Everything suspicious in a configuration whose values are all allowed one by one."""
+    found = _gradients(config, algorithm) + _ratios(config, algorithm) + _mismatch(config, algorithm)
+    return sorted(found, key=lambda finding: finding.level)
+
+
+def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    found = []
+    rollout, rl = config.rollout, algorithm.needs_rollouts
+    if isinstance(algorithm, GroupAlgorithm) and rollout.group_size == 1:
+        message = "with one response a prompt every group-relative advantage is 0 and nothing is learned; use 2 or more"
+        found.append(Finding("error", "rollout.group_size", message))
+    if rl and config.model.moe_aux_loss_coef > 0:
+        message = "the load-balancing loss pulls the router away from what is rewarded; 0 is usual in RL"
+        found.append(Finding("warning", "model.moe_aux_loss_coef", message))
+    if isinstance(algorithm, GSPO) and algorithm.aggregation == "token_mean":
+        message = "token_mean weighs a GSPO sequence by its length; sequence_mean is the paper's"
+        found.append(Finding("warning", "algorithm.aggregation", message))
+    if isinstance(algorithm, DAPO) and algorithm.overlong_max_length > rollout.max_response_tokens:
+        message = (
+            f"responses end at rollout.max_response_tokens={rollout.max_response_tokens}, so the punishment up to "
+            f"{algorithm.overlong_max_length} is never complete; make them equal"
+        )
+        found.append(Finding("warning", "algorithm.overlong_max_length", message))
+    if "critic" in algorithm.needs and config.critic.warmup_steps >= config.steps:
+        message = f"the critic learns alone for all steps={config.steps}; the policy never moves"
+        found.append(Finding("error", "critic.warmup_steps", message))
+    return found
+
+
+def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    high = getattr(algorithm, "clip_high", None)
+    if high is None:
+        return []
+    found = []
+    if isinstance(algorithm, GSPO):
+        if high >= 0.1:
+            message = f"{high:g} is the clip of a token ratio; a mean over n tokens moves about sqrt(n) less"
+            found.append(Finding("warning", "algorithm.clip_high", message))
+        if config.model.dtype == "bfloat16" and high < 0.01:
+            message = f"bf16 log-probs are not exact to {high:g}: rounding decides what is clipped; use float32 or widen it"
+            found.append(Finding("warning", "algorithm.clip_high", message))
+    elif high < 0.01:
+        message = f"{high:g} is the clip of a sequence ratio; token ratios leave it at once and lose their gradient"
+        found.append(Finding("warning", "algorithm.clip_high", message))
+    if config.batch.mini_batches * config.batch.epochs == 1:
+        message = "one optimizer step a rollout: every ratio is 1 and the clip never acts (which may be what you want)"
+        found.append(Finding("warning", "batch.mini_batches", message))
+    return found
+
+
+def _mismatch(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    found = []
+    rollout, bf16 = config.rollout, "bfloat16" in (config.model.dtype, config.rollout.dtype)
+    if rollout.top_p < 1 or rollout.top_k > 0:
+        message = "tokens are drawn from a cut distribution, while the trainer's log-probs are of the whole one"
+        found.append(Finding("warning", "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k", message))
+    if rollout.dtype not in ("auto", config.model.dtype):
+        message = (
+            f"the engine computes in {rollout.dtype}, the trainer in {config.model.dtype}: expect routing to differ"
+        )
+        found.append(Finding("warning", "rollout.dtype", message))
+    if bf16 and config.weight_sync.probe_prompts and config.weight_sync.max_logprob_diff < 0.5:
+        message = "in bf16 log-probs of a correct sync differ by up to 1 where an expert flips; 1 to 2 is usual"
+        found.append(Finding("warning", "weight_sync.max_logprob_diff", message))
+    if bf16 and algorithm.correction == "mask_seq_geo" and algorithm.correction_bounds[1] < 1.01:
+        message = "in bf16 nearly every short response lies outside these bounds and has no gradient; widen them"
+        found.append(Finding("warning", "algorithm.correction", message))
+    return found

@@ -1,0 +1,74 @@
+"""Each finding appears for the configuration it is about, and not for its repair."""
+
+import pytest
+
+from mcore_rl import algorithms
+from mcore_rl.config import parse_config
+from mcore_rl.lint import lint
+
+BASE = {"name": "x", "model": {"path": "m"}, "batch": {"mini_batches": 4}}
+QUIET = {"weight_sync": {"max_logprob_diff": 2.0}}
+
+
+def findings(algorithm: dict, **sections) -> list[tuple[str, str]]:
+    config = parse_config(BASE | {"algorithm": algorithm} | sections)
+    fields = dict(config.algorithm)
+    return [(f.level, f.key) for f in lint(config, algorithms.load(fields.pop("name"), **fields))]
+
+
+BF16 = {"path": "m", "dtype": "bfloat16"}
+GSPO, GRPO, PPO, SFT = ({"name": name} for name in ("gspo", "grpo", "ppo", "sft"))
+ALONE, ALL_WARMUP = {"rollout": {"group_size": 1}}, {"critic": {"warmup_steps": 100}}
+AUX = {"model": {"path": "m", "moe_aux_loss_coef": 0.01}}
+BF16_ENGINE = {"rollout": {"dtype": "bfloat16"}} | QUIET
+MASK = GRPO | {"correction": "mask_seq_geo"}
+DAPO = {"name": "dapo", "overlong_cache": 64}
+
+
+@pytest.mark.parametrize(
+    ("level", "key", "wrong", "repaired"),
+    [
+        ("error", "rollout.group_size", (GRPO, ALONE), (PPO, ALONE)),
+        ("error", "critic.warmup_steps", (PPO, ALL_WARMUP), (GRPO, ALL_WARMUP)),
+        ("warning", "model.moe_aux_loss_coef", (GRPO, AUX), (SFT, AUX)),
+        (
+            "warning",
+            "algorithm.aggregation",
+            (GSPO | {"aggregation": "token_mean"}, {}),
+            (GRPO | {"aggregation": "token_mean"}, {}),
+        ),
+        ("warning", "algorithm.clip_high", (GSPO | {"clip_high": 0.2}, {}), (GRPO | {"clip_high": 0.2}, {})),
+        ("warning", "algorithm.clip_high", (GRPO | {"clip_high": 4e-4}, {}), (GSPO | {"clip_high": 4e-4}, {})),
+        (
+            "warning",
+            "algorithm.clip_high",
+            (GSPO, {"model": BF16} | QUIET),
+            (GSPO | {"clip_high": 0.02}, {"model": BF16} | QUIET),
+        ),
+        (
+            "warning",
+            "batch.mini_batches",
+            (GRPO, {"batch": {"mini_batches": 1}}),
+            (GRPO, {"batch": {"mini_batches": 1, "epochs": 2}}),
+        ),
+        ("warning", "rollout.top_p", (GRPO, {"rollout": {"top_p": 0.9}}), (GRPO, {})),
+        ("warning", "rollout.top_k", (GRPO, {"rollout": {"top_k": 20}}), (GRPO, {})),
+        ("warning", "rollout.dtype", (GRPO, BF16_ENGINE), (GRPO, {"model": BF16} | BF16_ENGINE)),
+        ("warning", "weight_sync.max_logprob_diff", (GRPO, {"model": BF16}), (GRPO, {"model": BF16} | QUIET)),
+        ("warning", "algorithm.correction", (MASK, {"model": BF16} | QUIET), (MASK, {})),
+        (
+            "warning",
+            "algorithm.overlong_max_length",
+            (DAPO | {"overlong_max_length": 512}, {}),
+            (DAPO | {"overlong_max_length": 256}, {}),
+        ),
+    ],
+)
+def test_finding(level, key, wrong, repaired):
+    assert (level, key) in findings(wrong[0], **wrong[1])
+    assert (level, key) not in findings(repaired[0], **repaired[1])
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "sapo", "dapo", "cispo", "ppo", "dpo", "sft"])
+def test_papers_defaults_are_clean(name):
+    assert findings({"name": name}) == []
