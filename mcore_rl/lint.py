@@ -63,7 +63,7 @@ def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
             message = f"{high:g} is the clip of a token ratio; a mean over n tokens moves about sqrt(n) less"
             found.append(Finding("warning", "algorithm.clip_high", message))
         if config.model.dtype == "bfloat16" and high < 0.01:
-            message = f"bf16 log-probs are not exact to {high:g}: rounding decides what is clipped; use float32 or widen it"
+            message = f"bf16 log-probs are not exact to {high:g}: rounding decides what is clipped; use float32"
             found.append(Finding("warning", "algorithm.clip_high", message))
     elif high < 0.01:
         message = f"{high:g} is the clip of a sequence ratio; token ratios leave it at once and lose their gradient"
