@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_hf
 from safetensors.torch import load_file
+from tiny_models import save_tiny_hf
 from worlds import each_world, run_worlds, slug
 
 RANKS = 4

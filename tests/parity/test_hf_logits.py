@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_hf
+from tiny_models import save_tiny_hf
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_hf
 from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, max_error
+from tiny_models import save_tiny_hf
 
 from mcore_rl.config import WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import DENSE, MOE
+from tiny_models import DENSE, MOE
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from mcore_rl.config import ModelConfig
