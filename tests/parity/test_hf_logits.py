@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.config import ModelConfig
-from mcore_rl.model.build import PackedSeqParams, PolicyModel, build_model, read_hf_config
+from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.heads import PackedSeqParams, PolicyModel
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.hf_io import load_hf
