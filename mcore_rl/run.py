@@ -29,7 +29,7 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.rewards import load_reward
-from mcore_rl.rollout.vllm_engine import open_engine
+from mcore_rl.rollout.vllm_engine import open_engine, resolve
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import SCORE, is_scorer
@@ -117,8 +117,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
             "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
             "Adam only; set optimizer.name=adam or parallel.distributed_optimizer=false"
         )
-    if config.rollout.placement == "in_process" and world > 1:
-        raise ValueError(f"rollout.placement='in_process' needs one trainer rank, got {world}; use 'child' or 'auto'")
+    resolve(config.rollout, config.weight_sync, world)
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
 
 

@@ -48,9 +48,23 @@ def open_engine(
         ValueError: placement and number of ranks or server address do not fit, or the server is set up wrongly.
         RolloutError: the engine did not start.
     """
+    placement, backend = resolve(rollout, weight_sync, world_size)
+    if placement == "server":
+        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s)
+    dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
+    max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
+    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
+
+
+def resolve(rollout: RolloutConfig, weight_sync: WeightSyncConfig, world_size: int) -> tuple[str, str]:
+    """Where the engine is and how its weights get there: what "auto" stands for, without starting anything.
+
+    Raises:
+        ValueError: placement, number of ranks, tensor parallelism, server address and backend do not fit together.
+    """
     placement = rollout.placement
     if placement == "auto":
-        placement = "in_process" if world_size == 1 else "child"
+        placement = "in_process" if world_size == 1 and rollout.tensor_parallel_size == 1 else "child"
     if placement == "in_process" and world_size > 1:
         raise ValueError(
             f"rollout.placement='in_process' needs one trainer rank, got {world_size}; use 'child' or 'auto'"
@@ -60,14 +74,9 @@ def open_engine(
             f"rollout.placement='in_process' needs rollout.tensor_parallel_size=1, got {rollout.tensor_parallel_size}; "
             "use placement 'child' or 'server'"
         )
-    if placement == "server":
-        if not rollout.server_url:
-            raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
-        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s)
-    backend = resolve_backend(weight_sync.backend, placement)
-    dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
-    max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
-    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
+    if placement == "server" and not rollout.server_url:
+        raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
+    return placement, resolve_backend(weight_sync.backend, placement)
 
 
 def resolve_backend(backend: str, placement: str) -> str:
