@@ -79,7 +79,7 @@ def install() -> bool:
     patches = megatron_patches.WITHOUT_CUDA if cpu else ()
     if not has_transformer_engine():
         patches += megatron_patches.WITHOUT_TRANSFORMER_ENGINE
-    _quiet_missing_packages()
+    _quiet_known_notices()
     if not patches or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return cpu
     _check_version()
@@ -109,11 +109,15 @@ def _check_version() -> None:
         )
 
 
-def _quiet_missing_packages() -> None:
-    """Megatron warns on import about optional packages that a CPU host never has; nothing else is silenced."""
+def _quiet_known_notices() -> None:
+    """Megatron warns about optional packages that a CPU host never has, and at every start about its own use of torch's
+    old names and about a feature (rerunning steps) that is off; nothing else is silenced.
+    """
     warnings.filterwarnings(
         "ignore", "(Transformer Engine and )?Apex (is|are) not installed", module=r"megatron\.core\."
     )
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # There is one generator on a CPU host, so the "GPU" context does move the CPU state (random.py:229).
         rng = logging.getLogger("megatron.core.tensor_parallel.random")
