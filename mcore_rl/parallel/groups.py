@@ -113,7 +113,8 @@ def explain_timeouts(timeout_s: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not any(sign in str(error).lower() for sign in _COLLECTIVE_FAILURES):
+        ours = type(error).__module__.startswith("mcore_rl")  # a lost engine or server has said so in its own words
+        if ours or not any(sign in str(error).lower() for sign in _COLLECTIVE_FAILURES):
             raise
         raise RuntimeError(
             f"rank {os.environ.get('RANK', 0)} lost another rank in a collective (limit {timeout_s:g} s). Look for the "

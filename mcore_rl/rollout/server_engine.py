@@ -12,6 +12,8 @@ and on CPU also `--weight-transfer-config '{"backend": "shm"}'` (or gloo for ano
 from __future__ import annotations
 
 import socket
+import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,11 +32,12 @@ class ServerEngine:
     """A `RolloutEngine` reached over HTTP; the server goes on when it is closed.
 
     Args:
-        timeout_s: of every request but the generating ones, which may take as long as they need.
+        timeout_s: how long to wait for a server that is still starting, and of every later request but the generating
+            ones, which may take as long as they need.
 
     Raises:
         ValueError: the server was started without something that training needs (names the missing flag).
-        RolloutError: it does not answer.
+        RolloutError: it does not answer in time.
     """
 
     placement = "server"
@@ -48,7 +51,7 @@ class ServerEngine:
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=CONCURRENT_REQUESTS)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
-        self.check_alive()
+        self._wait_until_up()
         facts = self.call_workers("rollout_facts")[0]
         check_facts(facts)
         self.max_model_len = facts["max_model_len"]
@@ -78,6 +81,22 @@ class ServerEngine:
             raise RolloutError(f"the vLLM server {self.url} does not answer: {error}") from error
         if not healthy:
             raise RolloutError(f"the vLLM server {self.url} answers, but its engine is dead; its own log has the cause")
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        told = False
+        while True:
+            try:
+                return self.check_alive()
+            except RolloutError:
+                if time.monotonic() > deadline:
+                    raise
+            if not told:
+                print(
+                    f"waiting up to {self._timeout_s:g} s for the vLLM server {self.url}", file=sys.stderr, flush=True
+                )
+                told = True
+            time.sleep(0.5)
 
     def close(self) -> None:
         self._session.close()

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.rollout.engine import RolloutError
 
 
 @pytest.fixture
@@ -61,6 +62,9 @@ def test_only_lost_ranks_are_explained():
     with pytest.raises(RuntimeError, match="^shape mismatch$"):
         with groups.explain_timeouts(5):
             raise RuntimeError("shape mismatch")
+    with pytest.raises(RolloutError, match="^the server: connection refused$"):
+        with groups.explain_timeouts(5):
+            raise RolloutError("the server: connection refused")
 
 
 TWO_RANKS = """
