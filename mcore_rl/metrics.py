@@ -146,7 +146,7 @@ class ProgressDisplay:
 def progress_display(
     config: RunConfig, completed: int, enabled: bool = True, stream: TextIO | None = None
 ) -> Iterator[ProgressDisplay]:
-    """A live bar on a terminal, else a line a step; nothing if not `enabled` (every rank but one).
+    """A line a step, on a terminal with a live bar below them; nothing if not `enabled` (every rank but one).
 
     Args:
         completed: steps done before, by the run that is resumed.
@@ -162,20 +162,33 @@ def progress_display(
         )
     else:
         with _bar(stream) as bar:
-            task = bar.add_task(config.name, total=config.steps, completed=completed, text="")
-            yield ProgressDisplay(lambda step, text: bar.update(task, completed=step, text=text, refresh=True))
+            task = bar.add_task(config.name, total=config.steps, completed=completed)
+
+            def show(step: int, text: str) -> None:
+                bar.console.print(f"{step:>6}  {text}", markup=False, highlight=False, soft_wrap=True)
+                bar.update(task, completed=step, refresh=True)
+
+            yield ProgressDisplay(show)
 
 
 def _bar(stream: TextIO) -> Any:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=40),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=Console(file=stream),
     )
 
