@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mcore_rl.config import ParallelConfig, dump_config, load_config
+from mcore_rl.config import ParallelConfig, RunConfig, dump_config, load_config
 from mcore_rl.launch import exit_code, tell
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def pairs(
     from mcore_rl.rollout.pairs import pairs_of, write_rows
     from mcore_rl.run import open_plan_engine, rollout_sampling
 
-    plan = _engine_plan(config, overrides, model)
+    plan = _engine_plan(load_config(config, overrides or ()), model)
     task, seed = plan.task, plan.config.seed
     asked = {
         "train": [task.train_prompt(i) for i in range(prompts)],
@@ -160,7 +160,7 @@ def evaluate(
 
     asked = load_config(config, overrides or ())
     path = str(model or asked.run_dir / "hf")
-    plan = _engine_plan(config, overrides, Path(path))
+    plan = _engine_plan(asked, Path(path))
     with closing(open_plan_engine(plan)) as engine:
         result = evaluate_policy(
             engine,
@@ -173,11 +173,10 @@ def evaluate(
     print(json.dumps({"model": path, **result}))
 
 
-def _engine_plan(config: Path, overrides: list[str] | None, model: Path | None) -> Plan:
-    """The plan of CONFIG for one engine alone: the trainer's layout plays no part."""
+def _engine_plan(asked: RunConfig, model: Path | None) -> Plan:
+    """The plan of a configuration for one engine alone: the trainer's layout plays no part."""
     from mcore_rl.run import make_plan
 
-    asked = load_config(config, overrides or ())
     changes: dict = {"parallel": ParallelConfig()}
     if model is not None:
         changes["model"] = asked.model.model_copy(update={"path": str(model)})

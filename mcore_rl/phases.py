@@ -148,12 +148,17 @@ def mismatch(run: Run, batches: list[PackedBatch]) -> Metrics:
     contributes = reports(run)
     sums = {"n": float(d.numel()), "k3": (d.exp() - 1 - d).sum().item(), "abs": d.abs().sum().item()}
     totals = sum_over_ranks(run.groups, sums, contributes=contributes)
-    worst = max_over_ranks(run.groups, d.abs().max().item() if contributes and d.numel() else 0.0)
+    worst = max_over_ranks(run.groups, largest([d]) if contributes else 0.0)
     return {
         "mismatch/k3": totals["k3"] / totals["n"],
         "mismatch/abs_mean": totals["abs"] / totals["n"],
         "mismatch/abs_max": worst,
     }
+
+
+def largest(differences: list[torch.Tensor]) -> float:
+    """The largest absolute value in any of the tensors, NaN if one holds a NaN, 0 if there are no elements."""
+    return torch.cat([torch.zeros(1), *(d.detach().flatten().cpu().float().abs() for d in differences)]).max().item()
 
 
 def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
@@ -165,9 +170,9 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
         def value_loss(batch: PackedBatch, out: PolicyOutput) -> LossOutput:
             return algorithm.value_loss(batch, out.values)
 
-        metrics |= optimise(run, run.critic_training, run.critic, mini_batches, value_loss, "critic")
+        metrics |= optimise(run, run.trained["critic"], run.critic, mini_batches, value_loss, "critic")
     if run.critic is None or step >= config.critic.warmup_steps:
-        metrics |= optimise(run, run.training, run.policy, mini_batches, algorithm.loss, "policy")
+        metrics |= optimise(run, run.trained["policy"], run.policy, mini_batches, algorithm.loss, "policy")
     positions = float(sum(b.token_ids.numel() for part in mini_batches for b in part))
     totals = sum_over_ranks(run.groups, {"positions": positions * config.batch.epochs}, contributes=reports(run))
     return {**metrics, "num_positions": totals["positions"]}
@@ -237,8 +242,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
     ]
     (batches,) = pack(run, samples, step=0, mini_batches=1)
     scored = forward_only(replace(run.policy, temperature=config.rollout.temperature), batches)
-    diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask].abs() for b, o in zip(batches, scored)]
-    worst = max_over_ranks(run.groups, max((d.max().item() for d in diffs if d.numel()), default=0.0))
+    diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask] for b, o in zip(batches, scored)]
+    worst = max_over_ranks(run.groups, largest(diffs))
     if not worst <= config.weight_sync.max_logprob_diff:
         raise RolloutError(
             f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's "

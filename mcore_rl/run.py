@@ -57,21 +57,15 @@ class Run:
 
     plan: Plan
     groups: Groups
-    training: Training
+    trained: dict[str, Training]  # "policy" and, if the algorithm needs one, "critic": what a checkpoint holds
     policy: Policy
     reference: Policy | None
     critic: Scorer | None
-    critic_training: Training | None
     exporter: WeightExporter
     engine: RolloutEngine | None
     transfer: WeightTransfer
     log: RunLog | None
     start: Progress
-
-    @property
-    def trained(self) -> dict[str, Training]:
-        """The models that a checkpoint holds, by name."""
-        return {"policy": self.training} | ({"critic": self.critic_training} if self.critic_training else {})
 
 
 def world_size() -> int:
@@ -169,11 +163,10 @@ def open_run(plan: Plan) -> Iterator[Run]:
         if "reference" in plan.algorithm.needs:
             reference = _policy(plan, groups, _load_policy(plan, groups))
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
-        critic_training = critic = None
+        trained, critic = {"policy": training}, None
         if "critic" in plan.algorithm.needs:
-            critic_training = _critic_training(plan, groups)
-            critic = Scorer(critic_training.chunks, groups)
-        trained = {"policy": training} | ({"critic": critic_training} if critic_training else {})
+            trained["critic"] = _critic_training(plan, groups)
+            critic = Scorer(trained["critic"].chunks, groups)
         start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
         if start.kl_coef is not None and getattr(plan.algorithm, "kl_target", 0) > 0:
             plan = replace(plan, algorithm=replace(plan.algorithm, kl_coef=start.kl_coef))
@@ -195,11 +188,10 @@ def open_run(plan: Plan) -> Iterator[Run]:
         yield Run(
             plan=plan,
             groups=groups,
-            training=training,
+            trained=trained,
             policy=policy,
             reference=reference,
             critic=critic,
-            critic_training=critic_training,
             exporter=exporter,
             engine=engine,
             transfer=transfer,
