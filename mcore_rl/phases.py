@@ -148,6 +148,8 @@ def mismatch(run: Run, batches: list[PackedBatch]) -> Metrics:
     contributes = reports(run)
     sums = {"n": float(d.numel()), "k3": (d.exp() - 1 - d).sum().item(), "abs": d.abs().sum().item()}
     totals = sum_over_ranks(run.groups, sums, contributes=contributes)
+    if totals["n"] == 0:  # every response was taken out of the loss
+        return {}
     worst = max_over_ranks(run.groups, largest([d]) if contributes else 0.0)
     return {
         "mismatch/k3": totals["k3"] / totals["n"],
