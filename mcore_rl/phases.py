@@ -46,6 +46,7 @@ def collect_rollouts(run: Run, done: Progress) -> tuple[list[Sample], int, Metri
 
     collected, seconds = on_rank_0(run.groups, on_engine)
     rewards = torch.tensor(collected.raw_rewards)
+    spread = rewards.view(-1, config.rollout.group_size).std(dim=1, correction=0)
     responses = [t for g in collected.groups for t in g.trajectories]
     lengths = torch.tensor([float(len(t.response_ids)) for t in responses])
     metrics = {
@@ -55,6 +56,8 @@ def collect_rollouts(run: Run, done: Progress) -> tuple[list[Sample], int, Metri
         "response/truncated_frac": sum(t.finish_reason == "length" for t in responses) / len(responses),
         "rollout/tokens_per_s": lengths.sum().item() / seconds,
         "rollout/kept_frac": len(collected.groups) / collected.prompts_used,
+        # without spread a group has no advantages: these responses teach nothing
+        "reward/equal_groups_frac": (spread == 0).double().mean().item(),
     }
     return samples_of(collected.groups, plan.algorithm), collected.prompts_used, metrics
 
