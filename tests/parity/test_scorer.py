@@ -1,6 +1,5 @@
 """Score heads: a classifier under Megatron gives transformers' scores; a critic starts from a policy's folder."""
 
-
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
