@@ -12,6 +12,7 @@ from mcore_rl.config import RunConfig
 from mcore_rl.data.packing import Sample, pack_mini_batch, pad, samples_of, split_mini_batches
 from mcore_rl.data.preferences import PairIds
 from mcore_rl.functional.reduce import metric_means
+from mcore_rl.functional.value import explained_variance
 from mcore_rl.model.checkpoint import Progress
 from mcore_rl.model.forward import Model, forward_backward, forward_only
 from mcore_rl.model.optimizer import Training
@@ -84,14 +85,22 @@ def pair_samples(pair: PairIds) -> list[Sample]:
     return [given_sample(prompt, chosen), given_sample(prompt, rejected)]
 
 
-def pack(run: Run, samples: list[Sample], step: int, mini_batches: int) -> MiniBatches:
-    """[mini_batch][micro_batch] of this rank, with the loss weights of each global mini-batch."""
+def pack(run: Run, samples: list[Sample], step: int, mini_batches: int, unit: int) -> MiniBatches:
+    """[mini_batch][micro_batch] of this rank, with the loss weights of each global mini-batch.
+
+    Args:
+        unit: this many consecutive samples stay in one micro-batch.
+    """
+    parts = split_mini_batches(len(samples), mini_batches, step_seed(run.plan.config, step), unit)
+    return pack_parts(run, [[samples[i] for i in part] for part in parts], unit)
+
+
+def pack_parts(run: Run, parts: list[list[Sample]], unit: int = 1) -> MiniBatches:
+    """`pack` of mini-batches that are given, in the given order."""
     config, layout = run.plan.config, run.groups.layout
-    unit = 2 if "pairs" in run.plan.algorithm.needs else 1
-    parts = split_mini_batches(len(samples), mini_batches, step_seed(config, step), unit)
     packed = [
         pack_mini_batch(
-            [samples[i] for i in part],
+            part,
             run.plan.algorithm,
             rank=run.groups.coords.dp,
             num_ranks=layout.dp,
@@ -142,7 +151,12 @@ def token_advantages(run: Run, batches: list[PackedBatch]) -> tuple[list[PackedB
     if run.groups.is_pipeline_last:
         tensors = {k: torch.tensor(v, dtype=torch.float64, device=run.groups.device) for k, v in totals.items()}
         batches = [algorithm.normalise_advantages(b, tensors) for b in batches]
-    return batches, metric_means(totals)
+    means = metric_means(totals)
+    if means:  # a return minus the value it was made from is the advantage, so their moments tell the critic's error
+        names = [f"critic/{x}_{moment}" for x in ("advantage", "return") for moment in ("mean", "square")]
+        of_critic = (torch.tensor(means[name], dtype=torch.float64) for name in names)
+        means["critic/explained_variance"] = explained_variance(*of_critic).item()
+    return batches, means
 
 
 def mismatch(run: Run, batches: list[PackedBatch]) -> Metrics:
@@ -245,7 +259,7 @@ def sync_weights(run: Run, version: int) -> Metrics:
         for g in groups
         for t in g.trajectories
     ]
-    (batches,) = pack(run, samples, step=0, mini_batches=1)
+    (batches,) = pack_parts(run, [samples])
     scored = forward_only(replace(run.policy, temperature=config.rollout.temperature), batches)
     diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask] for b, o in zip(batches, scored)]
     worst = max_over_ranks(run.groups, largest(diffs))
@@ -271,7 +285,7 @@ def evaluate(run: Run) -> Metrics:
     metrics = on_rank_0(run.groups, on_engine)
     if "pairs" in plan.algorithm.needs:
         samples = [s for pair in plan.task.eval_pairs(config.evaluate.prompts) for s in pair_samples(pair)]
-        ((batches,), _) = score_old(run, pack(run, samples, step=0, mini_batches=1))
+        ((batches,), _) = score_old(run, pack_parts(run, [samples], plan.algorithm.unit))
         sums: Metrics = {}
         for batch, out in zip(batches, forward_only(run.policy, batches)):
             add(sums, plan.algorithm.loss(batch, out).metrics)

@@ -168,8 +168,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
             trained["critic"] = _critic_training(plan, groups)
             critic = Scorer(trained["critic"].chunks, groups)
         start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
-        if start.kl_coef is not None and getattr(plan.algorithm, "kl_target", 0) > 0:
-            plan = replace(plan, algorithm=replace(plan.algorithm, kl_coef=start.kl_coef))
+        if start.kl_coef is not None:
+            plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
         exporter = WeightExporter(chunks, plan.hf_config, groups)
         engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
         if engine is not None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mcore_rl.config import RunConfig, load_config
 from mcore_rl.launch import exit_code, tell
+from mcore_rl.memory import held_parameters, peak_gb
 from mcore_rl.metrics import Timers, progress_display
 from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.phases import (
@@ -37,14 +38,15 @@ def train(config: RunConfig) -> Path:
         done = run.start
         sync_weights(run, done.policy_version)
         if done.step == 0:
-            log_step(run, 0, evaluate(run))
+            log_step(run, 0, evaluate(run) | held_parameters(run))
         timers = Timers()
         with progress_display(config, done.step, enabled=run.log is not None) as display:
             while done.step < config.steps:
                 with timers("collect"):
                     samples, prompts_used, collected = (collect_rollouts if rl else read_examples)(run, done)
                 with timers("pack"):
-                    mini_batches = pack(run, samples, done.step, config.batch.mini_batches)
+                    unit = run.plan.algorithm.unit
+                    mini_batches = pack(run, samples, done.step, config.batch.mini_batches, unit)
                 with timers("score"):
                     mini_batches, scored = score_old(run, mini_batches)
                 with timers("update"):
@@ -59,7 +61,7 @@ def train(config: RunConfig) -> Path:
                     with timers("evaluate"):
                         metrics |= evaluate(run)
                 metrics["train/tokens_per_s"] = metrics.pop("num_positions") / timers.seconds["update"]
-                metrics |= timers.metrics()
+                metrics |= timers.metrics() | {"memory/trainer_peak_gb": peak_gb(run.groups)}
                 log_step(run, done.step, metrics)
                 display.update(done.step, metrics)
                 timers = Timers()  # what saving takes is logged with the next step

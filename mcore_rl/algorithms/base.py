@@ -96,6 +96,11 @@ class Algorithm:
         """Beside the policy: "reference", "critic", "discriminator" models, "pairs" for data."""
         return frozenset({"reference"}) if self.kl_coef > 0 else frozenset()
 
+    @property
+    def unit(self) -> int:
+        """Consecutive samples that the loss compares with each other: they stay in one micro-batch."""
+        return 2 if "pairs" in self.needs else 1
+
     def keep(self, group: RolloutGroup) -> bool:
         """Whether a scored group is trained on; its rewards are not shaped yet."""
         return True
@@ -129,6 +134,10 @@ class Algorithm:
 
     def adapt_kl(self, kl: float, num_samples: int) -> Algorithm:
         """The algorithm of the next step, after `num_samples` responses whose mean "policy/kl_rollout" was `kl`."""
+        return self
+
+    def with_kl_coef(self, kl_coef: float) -> Algorithm:
+        """The algorithm of a resumed run whose `adapt_kl` had come to `kl_coef`; a fixed coefficient stays."""
         return self
 
     def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mcore_rl.algorithms.base import Algorithm, blank, blank_masked, reduce_tokens
-from mcore_rl.functional.advantage import gae, terminal_rewards, whiten
+from mcore_rl.functional.advantage import gae, moments, terminal_rewards, whiten
 from mcore_rl.functional.policy import clipped_token_loss, masked_log_ratio
 from mcore_rl.functional.reward import adaptive_kl_coef
 from mcore_rl.functional.value import clipped_value_loss
@@ -58,8 +58,7 @@ class PPO(Algorithm):
         return self.kl_coef > 0 and not self.kl_in_reward
 
     def advantages(self, group: RolloutGroup) -> Tensor:
-        """[G] the scores; `token_advantages` replaces them."""
-        return group.rewards
+        return group.rewards  # token_advantages replaces them
 
     def token_advantages(self, batch: PackedBatch) -> tuple[PackedBatch, dict[str, Tensor]]:
         """GAE of scores (in `advantages`), `values`, `old_logprobs` and, with KL in the reward, `ref_logprobs`."""
@@ -69,8 +68,7 @@ class PPO(Algorithm):
             metrics["policy/kl_rollout"] = masked_log_ratio(batch.old_logprobs, batch.ref_logprobs, mask)
             rewards = rewards - self.kl_coef * metrics["policy/kl_rollout"]
         advantages, returns = gae(rewards, batch.values, mask, batch.segment_ids, gamma=self.gamma, lam=self.lam)
-        metrics["critic/advantage_mean"], metrics["critic/advantage_square"] = advantages, advantages.double().square()
-        metrics["critic/return_mean"], metrics["critic/return_square"] = returns, returns.double().square()
+        metrics = metrics | moments("critic/advantage", advantages) | moments("critic/return", returns)
         sums = {name: x.double().sum() for name, x in metrics.items()} | {"num_tokens": mask.sum().double()}
         return replace(batch, advantages=advantages, returns=returns), sums
 
@@ -96,4 +94,7 @@ class PPO(Algorithm):
         if self.kl_target == 0:
             return self
         rule = dict(target=self.kl_target, num_samples=num_samples, horizon=self.kl_horizon)
-        return replace(self, kl_coef=adaptive_kl_coef(self.kl_coef, kl, **rule))
+        return self.with_kl_coef(adaptive_kl_coef(self.kl_coef, kl, **rule))
+
+    def with_kl_coef(self, kl_coef: float) -> PPO:
+        return replace(self, kl_coef=kl_coef) if self.kl_target > 0 else self

@@ -106,6 +106,11 @@ def _discounted_suffix_sums(x: Tensor, segment_ids: Tensor, discount: float) -> 
     return x
 
 
+def moments(name: str, x: Tensor) -> dict[str, Tensor]:
+    """{"<name>_mean": x, "<name>_square": x^2 in float64}: what `whiten` and `value.explained_variance` need of x."""
+    return {f"{name}_mean": x, f"{name}_square": x.double().square()}
+
+
 def whiten(x: Tensor, mask: Tensor, *, count: Tensor, total: Tensor, square_total: Tensor, eps: float = 1e-8) -> Tensor:
     """(x - mean) / sqrt(var + eps) with the statistics of the global batch, 0 where `mask` is False.
 

@@ -131,6 +131,20 @@ def test_a_reference_policy(tmp_path, model, worker):
     assert by_step[2]["policy/kl_ref"] > 1e-5
 
 
+def test_ppo_tells_its_critic_and_what_is_held(tmp_path, model, worker):
+    tiny(tmp_path, model, algorithm={"name": "ppo", "kl_coef": 0.1}, critic={"lr": 1e-3})
+    code, _, err = worker(command, tmp_path, "train", "config.yaml")
+    assert code == 0, err
+    by_step = rows(tmp_path / "runs" / "run")
+    held = {role: by_step[0][f"memory/{role}_parameters"] for role in ("policy", "reference", "critic")}
+    config = json.loads((model / "config.json").read_text())
+    assert held["policy"] == held["reference"]
+    assert config["tie_word_embeddings"] and held["critic"] - held["policy"] == config["hidden_size"], "the score head"
+    assert by_step[1]["critic/explained_variance"] == pytest.approx(0, abs=1e-6), "a new head gives 0 everywhere"
+    assert by_step[2]["critic/explained_variance"] != 0
+    assert 0.1 < by_step[1]["memory/trainer_peak_gb"] <= by_step[2]["memory/trainer_peak_gb"] < 20
+
+
 def test_bfloat16(tmp_path, model, worker):
     sections = {"model": {"path": str(model), "dtype": "bfloat16"}, "weight_sync": {"max_logprob_diff": 2.0}}
     tiny(tmp_path, model, **sections)

@@ -168,3 +168,8 @@ class TestAdaptiveKL:
         assert fixed.adapt_kl(9.0, 100) is fixed
         adaptive = load("ppo", kl_coef=0.5, kl_target=0.1, kl_horizon=1000).adapt_kl(9.0, 100)
         assert adaptive.kl_coef == pytest.approx(0.51) and adaptive.kl_target == 0.1
+
+    def test_a_resumed_run_takes_the_adapted_coefficient_and_the_configured_fixed_one(self):
+        assert load("ppo", kl_coef=0.5, kl_target=0.1).with_kl_coef(0.3).kl_coef == 0.3
+        for name in ("ppo", "grpo"):
+            assert load(name, kl_coef=0.5).with_kl_coef(0.3).kl_coef == 0.5
