@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -18,6 +18,7 @@ from torch.nn import Module
 from mcore_rl.functional.logprob import token_logprobs
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
+from moe.adapters.megatron import Passage, Recorded, Routers
 
 
 class Model(Protocol):
@@ -25,6 +26,7 @@ class Model(Protocol):
 
     chunks: Sequence[Module]  # one a virtual pipeline stage, wrapped by DDP where it is trained
     groups: Groups
+    routers: Routers | None  # where there are, a batch that holds expert_ids is routed by them
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         """From the last chunk's hidden states, [T, 1, D] or under sequence parallelism this rank's [T/tp, 1, D]."""
@@ -45,6 +47,7 @@ class Policy:
     vocab_size: int
     temperature: float = 1.0
     chunk_tokens: int = 1024
+    routers: Routers | None = None
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         # both sum the gradients that the tensor ranks' vocabulary shares send back
@@ -75,6 +78,7 @@ class Scorer:
 
     chunks: Sequence[Module]
     groups: Groups
+    routers: ClassVar[None] = None
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         if get_model_config(chunk).sequence_parallel:
@@ -83,6 +87,11 @@ class Scorer:
         values = get_attr_wrapped_model(chunk, "score")(hidden[:, 0])[:, 0]
         nothing = torch.zeros_like(values)
         return PolicyOutput(nothing, nothing, values)
+
+
+def routers_of(chunks: Sequence[Module], groups: Groups) -> Routers:
+    """Recorder and player of the routes of a model. Raises ValueError for one without MoE layers."""
+    return Routers(chunks, get_model_config(chunks[0]), tp=groups.tp, cp=groups.cp, pp=groups.pp)
 
 
 def forward_backward(
@@ -112,13 +121,43 @@ def forward_backward(
 @torch.no_grad()
 def forward_only(model: Model, batches: Sequence[PackedBatch]) -> list[PolicyOutput]:
     """What the model says of every micro-batch on the last pipeline stage, an empty list elsewhere."""
-    return _run(model, batches, lambda batch, out: (out.logprobs.new_zeros(()), out), forward_only=True)
+    return _run(model, batches, _keep, forward_only=True)
 
 
-def _run(model: Model, batches: Sequence[PackedBatch], reduce: Callable, *, forward_only: bool) -> list:
+@torch.no_grad()
+def forward_recorded(
+    model: Model, batches: Sequence[PackedBatch], *, statistics: bool = False
+) -> tuple[list[PolicyOutput], list[Recorded]]:
+    """`forward_only`, and what the routers did with every micro-batch, on every stage; see `Recorded`."""
+    passages = [_passage(model, batch, statistics) for batch in batches]
+    outputs = _run(model, batches, _keep, forward_only=True, passages=passages)
+    return outputs, [model.routers.gather(p) for p in passages]
+
+
+def _keep(batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, PolicyOutput]:
+    return out.logprobs.new_zeros(()), out
+
+
+def _passage(model: Model, batch: PackedBatch, statistics: bool = False) -> Passage:
+    if batch.expert_ids is not None:
+        return model.routers.replay(batch.expert_ids, statistics=statistics)
+    return model.routers.record(batch.token_ids.numel(), statistics=statistics, device=batch.token_ids.device)
+
+
+def _run(
+    model: Model,
+    batches: Sequence[PackedBatch],
+    reduce: Callable,
+    *,
+    forward_only: bool,
+    passages: Sequence[Passage | None] | None = None,
+) -> list:
     for chunk in model.chunks:
         chunk.train(not forward_only)
-    iterators = [iter(batches) for _ in model.chunks]
+    if passages is None:
+        replayed = [model.routers is not None and batch.expert_ids is not None for batch in batches]
+        passages = [_passage(model, batch) if replay else None for batch, replay in zip(batches, replayed)]
+    iterators = [zip(batches, passages, strict=True) for _ in model.chunks]
     return get_forward_backward_func()(
         forward_step_func=partial(_forward_step, model, reduce),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -130,8 +169,10 @@ def _run(model: Model, batches: Sequence[PackedBatch], reduce: Callable, *, forw
     )
 
 
-def _forward_step(model: Model, reduce: Callable, batches: Iterator[PackedBatch], chunk: Module):
-    batch = next(batches)
+def _forward_step(
+    model: Model, reduce: Callable, micro_batches: Iterator[tuple[PackedBatch, Passage | None]], chunk: Module
+):
+    batch, passage = next(micro_batches)
     longest = int((batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).max())
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -140,5 +181,7 @@ def _forward_step(model: Model, reduce: Callable, batches: Iterator[PackedBatch]
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+    if passage is not None:
+        passage.put_on(packed)
     hidden = chunk(batch.token_ids[None], batch.positions[None], None, packed_seq_params=packed)
     return hidden, lambda out: reduce(batch, model.read(chunk, batch, out))
