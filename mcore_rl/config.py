@@ -96,6 +96,10 @@ class CriticConfig(Section):
     warmup_steps: int = Field(0, ge=0)  # training steps in which only the critic learns
 
 
+class RewardModelConfig(Section):
+    path: str | None = None  # HF folder of a sequence classifier with one label: its score is the reward
+
+
 class DataConfig(Section):
     task: str = "digit_sort"  # digit_sort, reasoning_gym/<name>, or file
     params: dict[str, Any] = {}  # arguments of the task's generator
@@ -144,6 +148,7 @@ class RunConfig(Section):
     reward: str | list[str] = (
         "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added
     )
+    reward_model: RewardModelConfig = RewardModelConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -35,6 +35,9 @@ def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     if isinstance(algorithm, GroupAlgorithm) and rollout.group_size == 1:
         message = "with one response a prompt every group-relative advantage is 0 and nothing is learned; use 2 or more"
         found.append(Finding("error", "rollout.group_size", message))
+    if config.reward_model.path is not None and not rl:
+        message = f"{type(algorithm).__name__} trains on given responses and asks for no reward; drop it"
+        found.append(Finding("error", "reward_model.path", message))
     if rl and config.model.moe_aux_loss_coef > 0:
         message = "the load-balancing loss pulls the router away from what is rewarded; 0 is usual in RL"
         found.append(Finding("warning", "model.moe_aux_loss_coef", message))

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from mcore_rl.config import RunConfig
-from mcore_rl.data.packing import Sample, pack_mini_batch, pad, samples_of, split_mini_batches
+from mcore_rl.data.packing import Sample, pack_mini_batch, pad, split_mini_batches
 from mcore_rl.data.preferences import PairIds
 from mcore_rl.functional.reduce import metric_means
 from mcore_rl.functional.value import explained_variance
@@ -17,53 +17,16 @@ from mcore_rl.model.checkpoint import Progress
 from mcore_rl.model.forward import Model, forward_backward, forward_only
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
-from mcore_rl.rollout.collect import collect
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.run import Run, evaluation_sampling, rollout_sampling
+from mcore_rl.run import Run, evaluation_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 
 Metrics = dict[str, float]
 MiniBatches = list[list[PackedBatch]]
 
 
-def collect_rollouts(run: Run, done: Progress) -> tuple[list[Sample], int, Metrics]:
-    """Sample and score this step's responses on rank 0; every rank gets all of them."""
-    config, plan = run.plan.config, run.plan
-
-    def on_engine():
-        start = time.perf_counter()
-        collected = collect(
-            run.engine,
-            plan.task,
-            plan.reward,
-            plan.algorithm,
-            rollout_sampling(config),
-            cursor=done.prompts_seen,
-            num_prompts=config.batch.prompts_per_step,
-            seed=step_seed(config, done.step),
-        )
-        return collected, time.perf_counter() - start
-
-    collected, seconds = on_rank_0(run.groups, on_engine)
-    rewards = torch.tensor(collected.raw_rewards)
-    spread = rewards.view(-1, config.rollout.group_size).std(dim=1, correction=0)
-    responses = [t for g in collected.groups for t in g.trajectories]
-    lengths = torch.tensor([float(len(t.response_ids)) for t in responses])
-    metrics = {
-        "reward/mean": rewards.mean().item(),
-        "reward/std": rewards.std(correction=0).item(),
-        "response/length_mean": lengths.mean().item(),
-        "response/truncated_frac": sum(t.finish_reason == "length" for t in responses) / len(responses),
-        "rollout/tokens_per_s": lengths.sum().item() / seconds,
-        "rollout/kept_frac": len(collected.groups) / collected.prompts_used,
-        # without spread a group has no advantages: these responses teach nothing
-        "reward/equal_groups_frac": (spread == 0).double().mean().item(),
-    }
-    return samples_of(collected.groups, plan.algorithm), collected.prompts_used, metrics
-
-
-def read_examples(run: Run, done: Progress) -> tuple[list[Sample], int, Metrics]:
+def read_examples(run: Run, done: Progress) -> tuple[list[Sample], Progress, Metrics]:
     """This step's given responses: one an example (SFT), or chosen and rejected after each other (preference pairs)."""
     task, count = run.plan.task, run.plan.config.batch.prompts_per_step
     numbers = range(done.prompts_seen, done.prompts_seen + count)
@@ -71,7 +34,8 @@ def read_examples(run: Run, done: Progress) -> tuple[list[Sample], int, Metrics]
         samples = [s for i in numbers for s in pair_samples(task.pair_example(i))]
     else:
         samples = [given_sample(*task.sft_example(i)) for i in numbers]
-    return samples, count, {"response/length_mean": sum(s.num_response for s in samples) / len(samples)}
+    metrics = {"response/length_mean": sum(s.num_response for s in samples) / len(samples)}
+    return samples, replace(done, prompts_seen=done.prompts_seen + count), metrics
 
 
 def given_sample(prompt: tuple[int, ...], response: tuple[int, ...]) -> Sample:

@@ -20,7 +20,6 @@ from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Policy, Scorer
-from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training, build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0
@@ -31,8 +30,9 @@ from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine, resolve
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
+from mcore_rl.scorers import check_scorer, load_scorer, scorer_training
 from mcore_rl.types import SamplingParams
-from mcore_rl.weights.families import SCORE, is_scorer
+from mcore_rl.weights.families import is_scorer
 from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter
@@ -61,6 +61,7 @@ class Run:
     policy: Policy
     reference: Policy | None
     critic: Scorer | None
+    reward_model: Scorer | None  # its score is the reward, the rule's an audit
     exporter: WeightExporter
     engine: RolloutEngine | None
     transfer: WeightTransfer
@@ -101,6 +102,9 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         )
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
     _check_sizes(config, algorithm, hf_config, task)
+    longest = (task.max_prompt_tokens or room) + config.rollout.max_response_tokens
+    for key, path, has_head in _scorers(config, algorithm):
+        check_scorer(key, path, layout, tokenizer, positions=longest, has_head=has_head)
     errors = [str(f) for f in lint(config, algorithm) if f.level == "error"]
     if errors:
         raise ValueError("; ".join(errors))
@@ -113,6 +117,14 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         )
     resolve(config.rollout, config.weight_sync, world)
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
+
+
+def _scorers(config: RunConfig, algorithm: Algorithm) -> Iterator[tuple[str, str, bool]]:
+    """(key, folder, whether it must have a score head) of the scorers that are read from folders of their own."""
+    if config.reward_model.path is not None:
+        yield "reward_model.path", config.reward_model.path, True
+    if "critic" in algorithm.needs and config.critic.path is not None:
+        yield "critic.path", config.critic.path, False
 
 
 def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedConfig, task: Task) -> None:
@@ -165,8 +177,13 @@ def open_run(plan: Plan) -> Iterator[Run]:
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
         trained, critic = {"policy": training}, None
         if "critic" in plan.algorithm.needs:
-            trained["critic"] = _critic_training(plan, groups)
+            trained["critic"] = scorer_training(
+                config.critic.path or config.model.path, config.critic.lr, config, groups, total_updates(config)
+            )
             critic = Scorer(trained["critic"].chunks, groups)
+        reward_model = None
+        if config.reward_model.path is not None:
+            reward_model = Scorer(load_scorer(config.reward_model.path, config, groups), groups)
         start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
         if start.kl_coef is not None:
             plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
@@ -192,6 +209,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             policy=policy,
             reference=reference,
             critic=critic,
+            reward_model=reward_model,
             exporter=exporter,
             engine=engine,
             transfer=transfer,
@@ -247,18 +265,6 @@ def _load_policy(plan: Plan, groups: Groups) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
     load_hf(plan.config.model.path, megatron_shards(chunks, plan.hf_config, groups))
     return chunks
-
-
-def _critic_training(plan: Plan, groups: Groups) -> Training:
-    config = plan.config
-    path = config.critic.path or config.model.path
-    on_disk = read_hf_config(path)
-    hf_config = on_disk if is_scorer(on_disk) else as_scorer(on_disk)
-    chunks = build_model(hf_config, config.model, groups)
-    shards = megatron_shards(chunks, hf_config, groups)
-    load_hf(path, shards if is_scorer(on_disk) else [s for s in shards if s.hf_name != SCORE])
-    optimizer = config.optimizer.model_copy(update={"lr": config.critic.lr})
-    return build_training(chunks, optimizer, config.parallel, total_updates(config))
 
 
 def _policy(plan: Plan, groups: Groups, chunks) -> Policy:

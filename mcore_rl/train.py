@@ -1,6 +1,6 @@
 """The training loop. torchrun --nproc-per-node N -m mcore_rl.train CONFIG key.sub=value ...
 
-One step: collect -> pack -> score -> update -> sync -> evaluate -> log -> checkpoint; each is a function of `phases`.
+One step: collect (`collecting`) -> pack -> score -> update -> sync -> evaluate (`phases`) -> log -> checkpoint.
 All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from mcore_rl.collecting import collect_rollouts
 from mcore_rl.config import RunConfig, load_config
 from mcore_rl.launch import exit_code, tell
 from mcore_rl.memory import held_parameters, peak_gb
@@ -17,7 +18,6 @@ from mcore_rl.model.checkpoint import Progress, save_checkpoint
 from mcore_rl.phases import (
     Metrics,
     adapt_kl,
-    collect_rollouts,
     evaluate,
     pack,
     read_examples,
@@ -43,7 +43,7 @@ def train(config: RunConfig) -> Path:
         with progress_display(config, done.step, enabled=run.log is not None) as display:
             while done.step < config.steps:
                 with timers("collect"):
-                    samples, prompts_used, collected = (collect_rollouts if rl else read_examples)(run, done)
+                    samples, done, collected = (collect_rollouts if rl else read_examples)(run, done)
                 with timers("pack"):
                     unit = run.plan.algorithm.unit
                     mini_batches = pack(run, samples, done.step, config.batch.mini_batches, unit)
@@ -53,7 +53,7 @@ def train(config: RunConfig) -> Path:
                     updated = update(run, mini_batches, done.step)
                 metrics = {**collected, **scored, **updated}
                 run = adapt_kl(run, metrics, len(samples))
-                done = done.after_step(prompts_used, run.plan.algorithm.kl_coef)
+                done = done.after_step(run.plan.algorithm.kl_coef)
                 if rl or due(config, config.evaluate.every, done.step):
                     with timers("sync"):
                         metrics |= sync_weights(run, done.policy_version)

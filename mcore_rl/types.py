@@ -68,6 +68,7 @@ class Trajectory:
     policy_version: int  # weight version that sampled it
     text: str = ""  # the response, decoded without special tokens
     reward: float | None = None
+    rule_reward: float | None = None  # where a model's score is the reward: the rule's, an audit, never trained on
     expert_ids: Tensor | None = None  # [T-1, L, K], routing seen by the rollout engine
 
     @property

@@ -39,6 +39,7 @@ class Algorithm:
     """
 
     needs_rollouts: ClassVar[bool] = True  # False: the data already holds the responses (SFT, DPO)
+    carry_surplus: ClassVar[bool] = False  # whether kept groups beyond the batch are trained on in the next step
 
     aggregation: str = "sequence_mean"
     kl_coef: float = 0.0

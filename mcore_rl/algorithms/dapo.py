@@ -17,6 +17,8 @@ class DAPO(GRPO):
         clip_high: above `clip_low`, so that unlikely tokens can become likely.
         aggregation: token_mean, over the tokens of the mini-batch (eq. 8 takes a group's).
         dynamic_sampling: drop groups whose raw rewards are all equal; the loop samples until the batch is full.
+        carry_surplus: kept groups beyond the batch begin the next one, as the buffer of algorithm 1 does; they are one
+            policy version old then, a mismatch that only `correction` weighs. False drops them.
         overlong_max_length, overlong_cache: soft punishment, see `functional.reward.overlong_penalty`; it sets in at
             overlong_max_length - overlong_cache response tokens. Both 0: off. The paper's are 20480 and 4096.
         overlong_filter: responses cut off at the length limit have no loss, but count in their group's statistics.
@@ -25,6 +27,7 @@ class DAPO(GRPO):
     aggregation: str = "token_mean"
     clip_high: float = 0.28
     dynamic_sampling: bool = True
+    carry_surplus: bool = True
     overlong_max_length: int = 0
     overlong_cache: int = 0
     overlong_filter: bool = False

@@ -26,8 +26,8 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.families import is_scorer
 
 
-def read_hf_config(path: str | Path) -> PretrainedConfig:
-    """Read config.json of a HF folder.
+def read_hf_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
+    """Read config.json of a HF folder; `key` of the configuration named it.
 
     Raises:
         ValueError: no such folder, no readable config.json, or an architecture without an entry in FAMILIES.
@@ -35,7 +35,7 @@ def read_hf_config(path: str | Path) -> PretrainedConfig:
     file = Path(path) / "config.json"
     if not file.is_file():
         what = "has no config.json" if Path(path).is_dir() else "does not exist"
-        raise ValueError(f"model.path={str(path)!r} {what}; pass a Hugging Face folder (config.json, safetensors)")
+        raise ValueError(f"{key}={str(path)!r} {what}; pass a Hugging Face folder (config.json, safetensors)")
     try:
         architectures = json.loads(file.read_text()).get("architectures") or []
         if _family(architectures) is None:

@@ -12,8 +12,9 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,21 +26,28 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
+from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 
 _NEARLY_NOTHING = 2**16  # bytes
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Counters of the loop: all that a resumed run needs beside model, optimizer and random state."""
+    """Where the loop stands: all that a resumed run needs beside model, optimizer and random state."""
 
     step: int = 0  # finished training steps
     prompts_seen: int = 0  # data cursor
     policy_version: int = 0  # weight updates sent to the rollout engine
     kl_coef: float | None = None  # of the next step; PPO can adapt it
+    carried: tuple[RolloutGroup, ...] = ()  # scored groups that the last batch had no room for
 
-    def after_step(self, prompts_used: int, kl_coef: float) -> Progress:
-        return Progress(self.step + 1, self.prompts_seen + prompts_used, self.policy_version + 1, kl_coef)
+    def after_step(self, kl_coef: float) -> Progress:
+        return replace(self, step=self.step + 1, policy_version=self.policy_version + 1, kl_coef=kl_coef)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """The inverse of `dataclasses.asdict`: checkpoints hold plain values."""
+        return cls(**{**state, "carried": tuple(map(_group, state["carried"]))})
 
 
 def save_checkpoint(
@@ -124,7 +132,11 @@ def _load(folder: Path, training: Training) -> Progress:
     training.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"]["torch"])
     get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
-    return Progress(**state["progress"])
+    return Progress.of(state["progress"])
+
+
+def _group(state: Mapping[str, Any]) -> RolloutGroup:
+    return RolloutGroup(Prompt(**state["prompt"]), tuple(Trajectory(**t) for t in state["trajectories"]))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""From prompts to scored groups: generate, reward, shape, keep; refilled until the batch is full."""
+"""From prompts to scored groups: roll out, keep, shape; refilled until the batch is full."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mcore_rl.algorithms.base import Algorithm
@@ -11,6 +11,7 @@ from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 
 Reward = Callable[[Prompt, Trajectory], float]
+Rollout = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
 
 
 @dataclass(frozen=True)
@@ -18,50 +19,63 @@ class Collected:
     """One step's rollouts.
 
     Attributes:
-        groups: scored and shaped, what the step trains on.
-        raw_rewards: of every generated response before shaping, kept or not.
-        prompts_used: how far the data cursor moved.
+        groups: scored and shaped, what the step trains on; the carried ones of the step before come first.
+        sampled: everything generated in this step, kept or not, with raw rewards.
+        num_kept: groups of `sampled` that passed the filter.
+        carried: those of them that the batch had no room for, shaped, without answers: the next step begins with them.
+        generations: calls of the engine.
     """
 
     groups: tuple[RolloutGroup, ...]
-    raw_rewards: tuple[float, ...]
-    prompts_used: int
+    sampled: tuple[RolloutGroup, ...]
+    num_kept: int
+    carried: tuple[RolloutGroup, ...]
+    generations: int
 
 
 def collect(
-    engine: RolloutEngine,
+    rollout: Rollout,
     task: Task,
-    reward: Reward,
     algorithm: Algorithm,
-    params: SamplingParams,
     *,
     cursor: int,
     num_prompts: int,
     seed: int,
+    carried: Sequence[RolloutGroup] = (),
     max_rounds: int = 10,
 ) -> Collected:
-    """Sample until `num_prompts` groups pass `algorithm.keep`, all with the engine's present policy version.
+    """Sample until `num_prompts` groups pass `algorithm.keep`. Called on every rank, with the same result.
+
+    All groups are of the engine's present policy version but the carried ones, which say so in `policy_version`. At
+    least one round is sampled, as fewer groups are carried than a batch takes: none is ever carried twice.
 
     Args:
+        rollout: groups with raw rewards, on every rank, of some prompts and a seed.
         cursor: index of the next training prompt.
         seed: of this step; every round of refilling derives its own.
+        carried: `Collected.carried` of the step before.
         max_rounds: generations before giving up.
 
     Raises:
         ValueError: `max_rounds` generations did not fill the batch, or the reward function failed.
         RolloutError: the engine died.
     """
-    kept: list[RolloutGroup] = []
-    raw: list[float] = []
-    used = 0
+    kept, sampled = [], []
     for round_ in range(max_rounds):
-        prompts = [task.train_prompt(cursor + used + i) for i in range(num_prompts)]
-        groups = [score(g, reward) for g in engine.generate(prompts, params, seed=seed + round_)]
-        used += len(prompts)
-        raw += [t.reward for g in groups for t in g.trajectories]
+        prompts = [task.train_prompt(cursor + len(sampled) + i) for i in range(num_prompts)]
+        groups = rollout(prompts, seed + round_)
+        sampled += groups
         kept += [_shape(g, algorithm) for g in groups if algorithm.keep(g)]
-        if len(kept) >= num_prompts:
-            return Collected(tuple(kept[:num_prompts]), tuple(raw), used)
+        ready = [*carried, *kept]
+        if len(ready) >= num_prompts:
+            surplus = ready[num_prompts:] if algorithm.carry_surplus else []
+            return Collected(
+                groups=tuple(ready[:num_prompts]),
+                sampled=tuple(sampled),
+                num_kept=len(kept),
+                carried=tuple(map(_without_answer, surplus)),
+                generations=round_ + 1,
+            )
     raise ValueError(
         f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the "
         "responses of too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
@@ -87,3 +101,8 @@ def score(group: RolloutGroup, reward: Reward) -> RolloutGroup:
 
 def _shape(group: RolloutGroup, algorithm: Algorithm) -> RolloutGroup:
     return replace(group, trajectories=tuple(replace(t, reward=algorithm.reward(t)) for t in group.trajectories))
+
+
+def _without_answer(group: RolloutGroup) -> RolloutGroup:
+    """What a checkpoint can hold: answers and metadata may be objects of any kind, and their use is over."""
+    return replace(group, prompt=replace(group.prompt, answer=None, metadata={}))

@@ -1,8 +1,9 @@
 """DAPO: equal to GRPO where it must be, overlong answers, dynamic sampling through the collecting loop."""
 
+import io
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from loss_batches import gradient, make_batch, make_group, make_output, make_tra
 from mcore_rl.algorithms import load
 from mcore_rl.data.packing import pack_mini_batch, samples_of
 from mcore_rl.functional.reward import overlong_penalty
-from mcore_rl.rollout.collect import collect
+from mcore_rl.model.checkpoint import Progress
+from mcore_rl.rollout.collect import collect, score
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 
 
@@ -101,7 +103,7 @@ class FakeEngine:
 
 class FakeTask:
     def train_prompt(self, index):
-        return Prompt(str(index), (1, 2), str(index))
+        return Prompt(str(index), (1, 2), str(index), answer=object())
 
 
 def fake_reward(prompt, trajectory):
@@ -117,9 +119,15 @@ def informative(index):
 def run_collect(engine, num_prompts=6, cursor=100, **options):
     params = SamplingParams(n=2)
     algorithm = options.pop("algorithm", load("dapo"))
-    return collect(
-        engine, FakeTask(), fake_reward, algorithm, params, cursor=cursor, num_prompts=num_prompts, seed=5, **options
-    )
+
+    def rollout(prompts, seed):
+        return [score(group, fake_reward) for group in engine.generate(prompts, params, seed)]
+
+    return collect(rollout, FakeTask(), algorithm, cursor=cursor, num_prompts=num_prompts, seed=5, **options)
+
+
+def ids(groups):
+    return [int(g.prompt.id) for g in groups]
 
 
 class TestDynamicSampling:
@@ -131,18 +139,52 @@ class TestDynamicSampling:
         while len(wanted) < 6:
             wanted += [i for i in range(100 + 6 * rounds, 106 + 6 * rounds) if informative(i)]
             rounds += 1
-        assert 1 < rounds == len(engine.calls) and got.prompts_used == 6 * rounds
-        assert [g.prompt.id for g in got.groups] == [str(i) for i in wanted[:6]]
+        assert 1 < rounds == len(engine.calls) == got.generations and len(got.sampled) == 6 * rounds
+        assert ids(got.groups) == wanted[:6] and ids(got.carried) == wanted[6:] and got.num_kept == len(wanted)
 
     def test_nothing_twice_and_one_policy_version(self):
         engine = FakeEngine()
         got = run_collect(engine)
         asked = [i for ids, _ in engine.calls for i in ids]
-        assert len(asked) == len(set(asked)) == got.prompts_used
+        assert len(asked) == len(set(asked)) == len(got.sampled)
         assert len({seed for _, seed in engine.calls}) == len(engine.calls)
-        assert len({g.prompt.id for g in got.groups}) == 6
+        assert len(set(ids(got.groups) + ids(got.carried))) == got.num_kept
         assert {t.policy_version for g in got.groups for t in g.trajectories} == {7}
-        assert len(got.raw_rewards) == 2 * got.prompts_used
+
+    def test_surplus_begins_the_next_batch_and_says_how_old_it_is(self):
+        """Over many steps every informative prompt is trained on once, in order, and none is older than one version."""
+        cursor, carried, trained, generations = 0, (), [], 0
+        for version in range(12):
+            engine = FakeEngine(policy_version=version)
+            got = run_collect(engine, cursor=cursor, carried=carried)
+            versions = [{t.policy_version for t in g.trajectories} for g in got.groups]
+            stale = len(carried)
+            assert versions == [{version - 1}] * stale + [{version}] * (6 - stale)
+            assert len(got.carried) < 6 and ids(got.groups)[:stale] == ids(carried)
+            cursor, carried, trained = cursor + len(got.sampled), got.carried, trained + ids(got.groups)
+            generations += got.generations
+        assert trained + ids(carried) == [i for i in range(cursor) if informative(i)]
+        # without the buffer 12 batches need the rounds that each of them needs alone
+        dropping, alone, cursor = load("dapo", carry_surplus=False), 0, 0
+        for _ in range(12):
+            got = run_collect(FakeEngine(), cursor=cursor, algorithm=dropping)
+            assert got.carried == ()
+            alone, cursor = alone + got.generations, cursor + len(got.sampled)
+        assert generations < alone
+
+    def test_a_checkpoint_holds_the_surplus(self):
+        """Answers and metadata may be anything, so they are not in it; what training needs comes back as it was."""
+        carried = run_collect(FakeEngine()).carried
+        routed = replace(carried[0].trajectories[0], expert_ids=torch.arange(6).view(3, 1, 2))
+        carried = (replace(carried[0], trajectories=(routed,)), *carried[1:])
+        assert carried[0].prompt.answer is None and carried[0].prompt.token_ids == (1, 2)
+        before = Progress(3, 40, 3, 0.1, carried)
+        buffer = io.BytesIO()
+        torch.save(asdict(before), buffer)
+        buffer.seek(0)
+        after = Progress.of(torch.load(buffer))  # weights_only, as Megatron loads what is not sharded
+        assert after.carried[1:] == carried[1:] and after.kl_coef == 0.1
+        assert torch.equal(after.carried[0].trajectories[0].expert_ids, routed.expert_ids)
 
     def test_kept_groups_have_the_gradient_they_have_without_sampling(self):
         """Only the denominator changes: advantages of a kept group are its own."""
@@ -159,7 +201,7 @@ class TestDynamicSampling:
     def test_without_it_one_generation_is_enough(self):
         engine = FakeEngine()
         got = run_collect(engine, algorithm=load("dapo", dynamic_sampling=False))
-        assert len(engine.calls) == 1 and len(got.groups) == got.prompts_used == 6
+        assert len(engine.calls) == 1 and len(got.groups) == len(got.sampled) == 6 and got.carried == ()
 
     def test_filter_sees_raw_rewards(self):
         """Length shaping would tell equal answers apart; the filter comes before it."""
@@ -167,4 +209,4 @@ class TestDynamicSampling:
         got = run_collect(FakeEngine(), algorithm=algorithm)
         assert all(informative(int(g.prompt.id)) for g in got.groups)
         assert [t.reward for t in got.groups[0].trajectories] == [1.0, -1.0]
-        assert set(got.raw_rewards) == {0.0, 1.0}
+        assert {t.reward for g in got.sampled for t in g.trajectories} == {0.0, 1.0}

@@ -1,0 +1,73 @@
+"""Models with a score head, by their role: reward model, critic, discriminator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.nn import Module
+from transformers import AutoTokenizer, PretrainedConfig
+
+from mcore_rl.config import RunConfig
+from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.heads import as_scorer
+from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.parallel.groups import Groups
+from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.rollout.engine import TOKENIZER_FILES
+from mcore_rl.weights.families import SCORE, is_scorer
+from mcore_rl.weights.hf_io import check_hf, load_hf
+from mcore_rl.weights.shards import megatron_shards
+
+
+def check_scorer(
+    key: str, path: str, layout: ParallelLayout, tokenizer: Any, *, positions: int, has_head: bool = False
+) -> PretrainedConfig:
+    """Check the folder of a model that scores what the policy writes.
+
+    Args:
+        key: of the configuration, for the messages. tokenizer: the policy's.
+        positions: longest sequence it will read.
+        has_head: a policy's folder will not do, as a new head says nothing.
+
+    Raises:
+        ValueError: no supported model, no sequence classifier or not of one score, another tokenizer, too few tokens or
+            positions, or a layout that does not divide it.
+    """
+    hf_config = read_hf_config(path, key)
+    if has_head and not is_scorer(hf_config):
+        raise ValueError(
+            f"{key}={path!r} is a {hf_config.architectures[0]}, which has no score head; a reward needs one that was "
+            "trained: a ...ForSequenceClassification with one label"
+        )
+    if is_scorer(hf_config) and hf_config.num_labels != 1:
+        raise ValueError(f"{key}={path!r} has num_labels={hf_config.num_labels}; a score is one number, num_labels=1")
+    if hf_config.vocab_size < len(tokenizer):
+        raise ValueError(f"{key}={path!r} knows {hf_config.vocab_size} tokens, the policy writes {len(tokenizer)}")
+    if hf_config.max_position_embeddings < positions:
+        raise ValueError(
+            f"{key}={path!r} has {hf_config.max_position_embeddings} positions and prompts with their responses take "
+            f"up to {positions}; lower data.max_prompt_tokens or rollout.max_response_tokens"
+        )
+    if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"{key}={path!r} has another tokenizer than the policy; it reads the policy's token ids")
+    layout.validate_model(hf_config)
+    check_hf(path, hf_config)
+    return hf_config
+
+
+def load_scorer(path: str, config: RunConfig, groups: Groups) -> list[Module]:
+    """Chunks of the scorer in a HF folder; of a policy's folder, its backbone with a head of zeros."""
+    on_disk = read_hf_config(path)
+    hf_config = on_disk if is_scorer(on_disk) else as_scorer(on_disk)
+    chunks = build_model(hf_config, config.model, groups)
+    shards = megatron_shards(chunks, hf_config, groups)
+    load_hf(path, shards if is_scorer(on_disk) else [s for s in shards if s.hf_name != SCORE])
+    return chunks
+
+
+def scorer_training(path: str, lr: float, config: RunConfig, groups: Groups, total_updates: int) -> Training:
+    """A scorer that learns; everything but its learning rate as the policy's optimizer."""
+    optimizer = config.optimizer.model_copy(update={"lr": lr})
+    return build_training(load_scorer(path, config, groups), optimizer, config.parallel, total_updates)
