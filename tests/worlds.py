@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 def run_worlds(script: str, cases: list[dict[str, Any]], ranks: int, timeout_s: float = 300) -> None:
     """Run `script` on `ranks` processes; it must hand its first argument to `each_world`."""
-    worlds = [[case, port] for case, port in zip(cases, _free_ports(len(cases)))]
+    worlds = [[case, port] for case, port in zip(cases, free_ports(len(cases)))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -52,7 +52,7 @@ def slug(sizes: dict[str, Any]) -> str:
     return "-".join(f"{name}{size}" for name, size in sizes.items()) or "one"
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that are free and stay so: below those that the system hands to outgoing connections."""
     found: list[int] = []
     while len(found) < count:

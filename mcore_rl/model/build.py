@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from transformers import AutoConfig, PretrainedConfig
 
 from mcore_rl.config import ModelConfig
+from mcore_rl.model.families import FAMILIES, find_family, rope_arguments
 from mcore_rl.model.heads import PolicyModel, ScoreModel
-from mcore_rl.model.layers import RMSNorm, local_layer_spec
+from mcore_rl.model.specs import block_spec
 from mcore_rl.parallel.device import has_transformer_engine
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.families import is_scorer
+from mcore_rl.weights.shards import pipeline_layers
 
 
 def read_hf_config(path: str | Path, key: str = "model.path") -> PretrainedConfig:
@@ -38,7 +35,7 @@ def read_hf_config(path: str | Path, key: str = "model.path") -> PretrainedConfi
         raise ValueError(f"{key}={str(path)!r} {what}; pass a Hugging Face folder (config.json, safetensors)")
     try:
         architectures = json.loads(file.read_text()).get("architectures") or []
-        if _family(architectures) is None:
+        if find_family(architectures) is None:
             raise ValueError(f"architectures={architectures} is not supported; supported: {', '.join(FAMILIES)}")
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError, AttributeError) as error:
@@ -51,7 +48,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
     Raises:
         ValueError: an unsupported architecture or feature (none is ignored), or a layout that does not divide it.
     """
-    family = _family(hf_config.architectures or [])
+    family = find_family(hf_config.architectures or [])
     if family is None:
         raise ValueError(f"architectures={hf_config.architectures} is not supported; supported: {', '.join(FAMILIES)}")
     layout.validate_model(hf_config)
@@ -85,12 +82,15 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
         apply_rope_fusion=False,
         persist_layer_norm=False,
         **_recompute(model),
-        **family(hf_config, model),
+        **family(hf_config, model.moe_aux_loss_coef),
     )
+    if hf_config.num_hidden_layers % (layout.pp * layout.vpp):
+        settings["pipeline_model_parallel_layout"] = _uneven_pipeline(hf_config.num_hidden_layers, layout)
+    make = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
     with warnings.catch_warnings():
         # Asked for by model.recompute=selective; Megatron wonders whether it is useful with TransformerEngine.
         warnings.filterwarnings("ignore", message="If you are using transformer_engine as the transformer impl")
-        return TransformerConfig(**settings)
+        return make(**settings)
 
 
 def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups) -> list[PolicyModel]:
@@ -110,15 +110,15 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups)
         vp_stage = stage if vpp > 1 else None
         chunk = make(
             config,
-            _block_spec(config, use_te, vp_stage),
+            block_spec(config, hf_config, use_te, vp_stage),
             vocab_size=padded_vocab_size(hf_config, groups.layout),
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=at == 0 and stage == 0,
             post_process=at == pp - 1 and stage == vpp - 1,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=hf_config.rope_parameters["rope_theta"],
             vp_stage=vp_stage,
+            **rope_arguments(hf_config),
         )
         for name, weight in chunk.named_parameters():
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -132,70 +132,11 @@ def padded_vocab_size(hf_config: PretrainedConfig, layout: ParallelLayout) -> in
     return -(-hf_config.vocab_size // layout.tp) * layout.tp
 
 
-def _qwen3(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
-    rope = hf.rope_parameters
-    _refuse(
-        hf,
-        rope_parameters=rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0,
-        # Without a window HF sets sliding_window to None.
-        sliding_window=hf.sliding_window is not None,
-        layer_types=not set(getattr(hf, "layer_types", None) or ()) <= {"full_attention"},
-        attention_bias=hf.attention_bias,
-        hidden_act=hf.hidden_act != "silu",
-    )
-    return dict(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.intermediate_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        kv_channels=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        normalization="RMSNorm",
-        layernorm_epsilon=hf.rms_norm_eps,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-    )
-
-
-def _qwen3_moe(hf: PretrainedConfig, model: ModelConfig) -> dict[str, Any]:
-    # The probability of a single, renormalised expert is the constant 1: its router would never learn.
-    _refuse(hf, num_experts_per_tok=hf.num_experts_per_tok == 1 and hf.norm_topk_prob)
-    sparse = [
-        int(layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0)
-        for layer in range(hf.num_hidden_layers)
-    ]
-    return _qwen3(hf, model) | dict(
-        num_moe_experts=hf.num_experts,
-        moe_ffn_hidden_size=hf.moe_intermediate_size,
-        moe_layer_freq=sparse,
-        moe_router_topk=hf.num_experts_per_tok,
-        # Renormalised probabilities of the chosen experts are a softmax over their logits alone.
-        moe_router_pre_softmax=not hf.norm_topk_prob,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coef else "none",
-        moe_aux_loss_coeff=model.moe_aux_loss_coef,
-    )
-
-
-# Architecture name in config.json -> the TransformerConfig fields that come from it.
-FAMILIES: dict[str, Callable[[PretrainedConfig, ModelConfig], dict[str, Any]]] = {
-    "Qwen3MoeForCausalLM": _qwen3_moe,
-    "Qwen3MoeForSequenceClassification": _qwen3_moe,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3ForSequenceClassification": _qwen3,
-}
-
-
-def _family(architectures: list[str]) -> Callable[[PretrainedConfig, ModelConfig], dict[str, Any]] | None:
-    return next((FAMILIES[name] for name in architectures if name in FAMILIES), None)
-
-
-def _refuse(hf: PretrainedConfig, **unsupported: bool) -> None:
-    """Raise ValueError naming the settings of this checkpoint that would be computed wrongly."""
-    if found := [name for name, present in unsupported.items() if present]:
-        settings = ", ".join(f"{name}={getattr(hf, name)!r}" for name in found)
-        raise ValueError(f"{hf.model_type} with {settings} in config.json is not supported; use a checkpoint without")
+def _uneven_pipeline(num_layers: int, layout: ParallelLayout) -> list[list[str]]:
+    """What every pipeline chunk holds, in Megatron's words, where its equal division does not apply."""
+    of_rank = [pipeline_layers(num_layers, layout, pp) for pp in range(layout.pp)]
+    chunks = [["decoder"] * len(of_rank[pp][stage]) for stage in range(layout.vpp) for pp in range(layout.pp)]
+    return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
 
 
 def _recompute(model: ModelConfig) -> dict[str, Any]:
@@ -213,13 +154,3 @@ def _use_transformer_engine(model: ModelConfig) -> bool:
             "transformer-engine or set model.spec=auto"
         )
     return model.spec != "local" and has_transformer_engine()
-
-
-def _block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
-    if use_te:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    layers = range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
-    sparse = config.moe_layer_freq if config.num_moe_experts else [0] * config.num_layers
-    specs = {moe: local_layer_spec(config, bool(moe)) for moe in set(sparse)}
-    return TransformerBlockSubmodules(layer_specs=[specs[sparse[layer]] for layer in layers], layer_norm=RMSNorm)

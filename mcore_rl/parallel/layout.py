@@ -104,18 +104,22 @@ class ParallelLayout:
 
     def validate_model(self, hf_config: Any) -> None:
         """Check that the model of a HF config can be cut this way. Raises ValueError listing every mistake and fix."""
-        experts = getattr(hf_config, "num_experts", None) or 0
-        heads, groups = hf_config.num_attention_heads, hf_config.num_key_value_heads
+        expert_field = next((f for f in _EXPERT_FIELDS if getattr(hf_config, f, None)), None)
         mistakes = [
-            _indivisible("tp", self.tp, "num_attention_heads", heads),
-            _indivisible("tp", self.tp, "num_key_value_heads", groups),
-            _indivisible("pp*vpp", self.pp * self.vpp, "num_hidden_layers", hf_config.num_hidden_layers),
-            _indivisible("tp", self.tp, "intermediate_size", hf_config.intermediate_size),
+            _indivisible("tp", self.tp, "num_attention_heads", hf_config.num_attention_heads),
+            self._key_value_heads(hf_config),
+            _too_many_chunks(self.pp * self.vpp, hf_config.num_hidden_layers),
         ]
-        if experts:
+        # Without a width of their own, experts have the one field; a model has no dense layers then.
+        expert_width = next((f for f in ("moe_intermediate_size", "intermediate_size") if hasattr(hf_config, f)), "")
+        if not expert_field or expert_width == "moe_intermediate_size":
+            mistakes.append(_indivisible("tp", self.tp, "intermediate_size", hf_config.intermediate_size))
+        if shared := getattr(hf_config, "shared_expert_intermediate_size", None):
+            mistakes.append(_indivisible("tp", self.tp, "shared_expert_intermediate_size", shared))
+        if expert_field:
             mistakes += [
-                _indivisible("ep", self.ep, "num_experts", experts),
-                _indivisible("etp", self.etp, "moe_intermediate_size", hf_config.moe_intermediate_size),
+                _indivisible("ep", self.ep, expert_field, getattr(hf_config, expert_field)),
+                _indivisible("etp", self.etp, expert_width, getattr(hf_config, expert_width)),
             ]
         elif self.ep * self.etp > 1:
             mistakes.append(
@@ -124,6 +128,13 @@ class ParallelLayout:
             )
         if lines := [f"  - {mistake}" for mistake in mistakes if mistake]:
             raise ValueError("the model does not fit the parallel layout:\n" + "\n".join(lines))
+
+    def _key_value_heads(self, hf_config: Any) -> str | None:
+        """More ranks than heads share a head: each computes it whole (attention.py:1398 of Megatron-Core 0.16.1)."""
+        groups = hf_config.num_key_value_heads
+        if self.tp % groups == 0 and hf_config.model_type != "olmoe":  # its norm of all keys is split with the heads
+            return None
+        return _indivisible("tp", self.tp, "num_key_value_heads", groups)
 
     def table(self) -> str:
         """All ranks, one line each, under one line of sizes; for --dry-run."""
@@ -135,10 +146,19 @@ class ParallelLayout:
         return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
 
 
+_EXPERT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts")
+
+
 def _indivisible(axis: str, size: int, field: str, count: int) -> str | None:
     if count % size == 0:
         return None
     return f"parallel.{axis}={size} must divide the model's {field}={count}; {axis} can be {_divisors(count)}"
+
+
+def _too_many_chunks(chunks: int, layers: int) -> str | None:
+    if chunks <= layers:
+        return None
+    return f"parallel.pp*vpp={chunks} is more than the model's num_hidden_layers={layers}; lower pp or vpp"
 
 
 def _divisors(number: int) -> str:

@@ -91,6 +91,13 @@ def router_gemm(moe_utils: ModuleType) -> None:
         moe_utils.te_general_gemm = None
 
 
+@_patches("megatron.core.transformer.multi_latent_attention")
+def latent_attention_linear(multi_latent_attention: ModuleType) -> None:
+    """multi_latent_attention.py:185 asks whether a linear is a TELinear, which without TransformerEngine is a mock that
+    isinstance refuses; HAVE_TE (:61) is true all the same, because the import of that mock works."""
+    multi_latent_attention.HAVE_TE = False
+
+
 @_patches("megatron.core.optimizer.distrib_optimizer")
 def adam_step_restored(distrib_optimizer: ModuleType) -> None:
     """distrib_optimizer.py:938 copies every state of torch's Adam from the checkpoint, but the loaders leave out
@@ -133,4 +140,9 @@ def no_manager_process(filesystem_async: ModuleType) -> None:
 
 
 WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather, no_manager_process)
-WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (router_gemm, adam_step_restored, adam_step_unshared)
+WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (
+    router_gemm,
+    latent_attention_linear,
+    adam_step_restored,
+    adam_step_unshared,
+)

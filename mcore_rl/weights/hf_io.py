@@ -108,7 +108,7 @@ def save_hf(
     Args:
         source_dir: HF folder whose config, tokenizer, generation config and templates are copied.
         tensors: (name, full tensor) of every name in `hf_shapes(hf_config)`, in any order, each once.
-        dtype: of the tensors on disk; None: of the first tensor.
+        dtype: of the tensors on disk (those of fixed dtype keep it); None: of the first tensor.
         max_shard_bytes: a larger model is split into several files with an index.
 
     Raises:
@@ -120,11 +120,11 @@ def save_hf(
         raise ValueError(f"source folder {str(source)!r} has no config.json to copy")
     if out.exists() and not (out / "config.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists and is not a model folder, so it is not replaced; choose another path")
-    specs = hf_shapes(hf_config)
     if dtype is None:
         first = next(iterator := iter(tensors))
         dtype, tensors = first[1].dtype, chain([first], iterator)
-    needed = sum(_nbytes(spec, dtype) for spec in specs.values())
+    specs = hf_shapes(hf_config, dtype)
+    needed = sum(_nbytes(spec) for spec in specs.values())
     partial = out.with_name(out.name + ".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +134,7 @@ def save_hf(
             raise ValueError(
                 f"disk full: {str(out)!r} needs {needed} bytes and {free} are free; free space or choose another path"
             )
-        _write_weights(partial, specs, tensors, dtype, max_shard_bytes)
+        _write_weights(partial, specs, tensors, max_shard_bytes)
         _copy_rest(source, partial, dtype)
         _swap(partial, out)
     except OSError as error:
@@ -157,10 +157,10 @@ class _Slot:
 
 
 def _write_weights(
-    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int
+    folder: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]], limit: int
 ) -> None:
     with ExitStack() as stack:
-        slots = _lay_out(folder, specs, dtype, limit, stack)
+        slots = _lay_out(folder, specs, limit, stack)
         files = {id(slot.file): slot.file for slot in slots.values()}
         for name, tensor in tensors:
             slot = slots.pop(name, None)
@@ -168,7 +168,7 @@ def _write_weights(
                 raise ValueError(f"tensor {name!r} is {'written twice' if name in specs else 'not part of the model'}")
             if tuple(tensor.shape) != slot.spec.shape:
                 raise ValueError(f"tensor {name!r} has shape {tuple(tensor.shape)}, the model needs {slot.spec.shape}")
-            data = tensor.detach().to("cpu", dtype).contiguous()
+            data = tensor.detach().to("cpu", slot.spec.dtype).contiguous()
             slot.file.seek(slot.offset)
             slot.file.write(data.view(-1).view(torch.uint8).numpy())
         if slots:
@@ -178,14 +178,12 @@ def _write_weights(
             os.fsync(file.fileno())
 
 
-def _lay_out(
-    folder: Path, specs: Mapping[str, TensorSpec], dtype: torch.dtype, limit: int, stack: ExitStack
-) -> dict[str, _Slot]:
+def _lay_out(folder: Path, specs: Mapping[str, TensorSpec], limit: int, stack: ExitStack) -> dict[str, _Slot]:
     """Deal the tensors out to files, write the headers and the index; the data follows."""
     bins: list[dict[str, TensorSpec]] = [{}]
     used = 0
     for name, spec in specs.items():
-        size = _nbytes(spec, dtype)
+        size = _nbytes(spec)
         if bins[-1] and used + size > limit:
             bins.append({})
             used = 0
@@ -199,8 +197,8 @@ def _lay_out(
         file = stack.enter_context((folder / file_name).open("wb"))
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, spec in members.items():
-            end = offset + _nbytes(spec, dtype)
-            header[name] = {"dtype": _DTYPES[dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+            end = offset + _nbytes(spec)
+            header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the data starts on an 8-byte boundary
@@ -208,7 +206,7 @@ def _lay_out(
         for name, spec in members.items():
             slots[name] = _Slot(file, 8 + len(text) + header[name]["data_offsets"][0], spec)
     if len(bins) > 1:
-        total = sum(_nbytes(spec, dtype) for spec in specs.values())
+        total = sum(_nbytes(spec) for spec in specs.values())
         weight_map = {name: file_name for file_name, members in zip(names, bins, strict=True) for name in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
@@ -290,8 +288,8 @@ def _is_redundant(name: str) -> bool:
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _nbytes(spec: TensorSpec, dtype: torch.dtype) -> int:
-    return torch.Size(spec.shape).numel() * dtype.itemsize
+def _nbytes(spec: TensorSpec) -> int:
+    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from itertools import combinations
 
 import torch
 
-from mcore_rl.weights.families import Box, volume
+from mcore_rl.weights.cuts import Box, volume
 from mcore_rl.weights.shards import Region, Shard
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcore_rl.weights.families import LAYER, Box, Cut, Factors, Family, Row, Shape, family, whole
+from mcore_rl.weights.cuts import Box, Cut, Factors, Row, Shape, whole
+from mcore_rl.weights.families import LAYER, Family, family
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Region:
     box: Box
     rank: int
     replica: bool = False  # another rank holds the same box and is the one that writes it
+    dtype: torch.dtype | None = None  # that the tensor has whatever the model's is
 
     @property
     def shape(self) -> Shape:
@@ -91,13 +93,15 @@ def hf_regions(hf_config: Any, rank: int = 0) -> list[Region]:
                 for name, factors in zip(row.hf, cut.factors, strict=True):
                     full = hf_prefix + name.format(expert=expert)
                     box = tuple((0, size) for f in factors for size in f)
-                    regions.setdefault(full, Region(hf_name=full, factors=factors, box=box, rank=rank))
+                    region = Region(hf_name=full, factors=factors, box=box, rank=rank, dtype=row.dtype)
+                    regions.setdefault(full, region)
     return list(regions.values())
 
 
-def hf_shapes(hf_config: Any) -> dict[str, TensorSpec]:
-    """Names (as on disk) -> shape and dtype of a complete HF checkpoint."""
-    return {r.hf_name: TensorSpec(r.shape, hf_dtype(hf_config)) for r in hf_regions(hf_config)}
+def hf_shapes(hf_config: Any, dtype: torch.dtype | None = None) -> dict[str, TensorSpec]:
+    """Names (as on disk) -> shape and dtype of a complete HF checkpoint in `dtype` (None: the config's)."""
+    dtype = dtype or hf_dtype(hf_config)
+    return {r.hf_name: TensorSpec(r.shape, r.dtype or dtype) for r in hf_regions(hf_config)}
 
 
 def hf_shards(hf_config: Any, tensors: Mapping[str, Tensor], rank: int = 0) -> list[Shard]:
@@ -127,15 +131,20 @@ def whole_shard(region: Region, tensor: Tensor) -> Shard:
 
 
 def pipeline_layers(num_layers: int, layout: Any, pp: int) -> list[range]:
-    """Layers (from 0) of each model chunk of pipeline rank `pp`, as Megatron deals them out: chunk-major over ranks."""
-    size, rest = divmod(num_layers, layout.pp * layout.vpp)
-    if rest:
+    """Layers (from 0) of each model chunk of pipeline rank `pp`, chunk-major over ranks as Megatron deals them out.
+
+    Layers that do not divide evenly are given to the first chunks, one each: with pp=4, 61 layers are 16, 15, 15, 15.
+
+    Raises:
+        ValueError: fewer layers than chunks.
+    """
+    chunks = layout.pp * layout.vpp
+    if num_layers < chunks:
         raise ValueError(
-            f"{num_layers} layers cannot be divided over pp={layout.pp} x vpp={layout.vpp} equal pipeline chunks; "
-            "choose pp and vpp whose product divides the number of layers"
+            f"{num_layers} layers are fewer than the pp={layout.pp} x vpp={layout.vpp} pipeline chunks; lower pp or vpp"
         )
-    starts = [(chunk * layout.pp + pp) * size for chunk in range(layout.vpp)]
-    return [range(start, start + size) for start in starts]
+    starts = [i * (num_layers // chunks) + min(i, num_layers % chunks) for i in range(chunks + 1)]
+    return [range(starts[i], starts[i + 1]) for i in range(pp, chunks, layout.pp)]
 
 
 def megatron_boxes(
@@ -256,6 +265,7 @@ def _place(row: Row, prefix: str, hf_prefix: str, layout: Any, at: Any, rank: in
                 box=part.box,
                 rank=rank,
                 replica=not owner,
+                dtype=row.dtype,
                 chunk=chunk,
                 params=params,
                 param_shape=cut.param_shape,

@@ -48,14 +48,15 @@ class WeightExporter:
         self._chunks = list(chunks)
         self._params = [p for chunk in chunks for p in chunk.parameters()]
         self.dtype = dtype or self._params[0].dtype
-        self._regions = {r.hf_name: r for r in hf_regions(hf_config)}
+        regions = sorted(hf_regions(hf_config), key=lambda r: r.dtype not in (None, self.dtype))  # by dtype, else kept
+        self._regions = {r.hf_name: r for r in regions}
         copies = plan(owned_boxes(hf_config, groups.layout), list(self._regions.values()), self.dtype.itemsize).copies
         self._buckets = _buckets(copies, bucket_bytes // self.dtype.itemsize)
         self._refresh()
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """(name on disk, dtype, shape) of the whole model, in the order of iteration; the same on every rank."""
-        return [(name, self.dtype, region.shape) for name, region in self._regions.items()]
+        return [(name, region.dtype or self.dtype, region.shape) for name, region in self._regions.items()]
 
     @torch.no_grad()
     def write_into(self, views: Mapping[str, Tensor]) -> None:
@@ -86,7 +87,7 @@ class WeightExporter:
     def _send(self, bucket: dict[str, list[Copy]]) -> Iterator[tuple[str, None]]:
         mine = [c for copies in bucket.values() for c in copies if c.src.rank == self.groups.rank]
         if mine:
-            message = self._message(sum(c.numel for c in mine))
+            message = self._message(mine)
             for part, copy in zip(_parts(message, mine), mine, strict=True):
                 part.copy_(self._source(copy))
             dist.send(message, 0)
@@ -100,7 +101,7 @@ class WeightExporter:
             for copy in copies:
                 by_rank[copy.src.rank].append(copy)
         pieces = {id(copy): self._source(copy) for copy in by_rank.pop(0, [])}
-        messages = {rank: self._message(sum(c.numel for c in copies)) for rank, copies in sorted(by_rank.items())}
+        messages = {rank: self._message(copies) for rank, copies in sorted(by_rank.items())}
         for request in [dist.irecv(message, rank) for rank, message in messages.items()]:
             request.wait()
         for rank, message in messages.items():
@@ -112,8 +113,8 @@ class WeightExporter:
         region = self._regions[name]
         (_, first), *others = pieces
         if not others and first.is_contiguous():
-            return first.view(region.shape).to(self.dtype)
-        full = self._message(sum(piece.numel() for _, piece in pieces)).view(region.factored_shape)
+            return first.view(region.shape).to(region.dtype or self.dtype)
+        full = self._message([copy for copy, _ in pieces]).view(region.factored_shape)
         for copy, piece in pieces:
             full[copy.dst_index].copy_(piece)
         return full.view(region.shape)
@@ -121,8 +122,9 @@ class WeightExporter:
     def _source(self, copy: Copy) -> Tensor:
         return self._shards[copy.src.hf_name, copy.src.box].view
 
-    def _message(self, numel: int) -> Tensor:
-        return torch.empty(numel, dtype=self.dtype, device=self.groups.device)
+    def _message(self, copies: Sequence[Copy]) -> Tensor:
+        dtype = copies[0].dst.dtype or self.dtype
+        return torch.empty(sum(copy.numel for copy in copies), dtype=dtype, device=self.groups.device)
 
     def _refresh(self) -> bool:
         """Take the views again if any parameter has moved."""
@@ -161,19 +163,19 @@ def export_hf(
 
 
 def _buckets(copies: Sequence[Copy], limit: int) -> list[dict[str, list[Copy]]]:
-    """Copies by tensor, in consecutive buckets of at most `limit` elements (or one tensor)."""
+    """Copies by tensor, in consecutive buckets of one dtype and at most `limit` elements (or one tensor)."""
     tensors: defaultdict[str, list[Copy]] = defaultdict(list)
     for copy in copies:
         tensors[copy.dst.hf_name].append(copy)
     buckets: list[dict[str, list[Copy]]] = [{}]
-    used = 0
+    used, dtype = 0, None
     for name, parts in tensors.items():
         size = sum(part.numel for part in parts)
-        if buckets[-1] and used + size > limit:
+        if buckets[-1] and (used + size > limit or parts[0].dst.dtype != dtype):
             buckets.append({})
             used = 0
         buckets[-1][name] = parts
-        used += size
+        used, dtype = used + size, parts[0].dst.dtype
     return buckets
 
 

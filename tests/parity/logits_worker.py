@@ -1,4 +1,4 @@
-"""One rank of test_hf_logits.py: arguments are a scratch folder and a JSON list of [HF folder, layout].
+"""One rank of test_hf_logits.py: arguments are a scratch folder and a JSON list of [HF folder, layout, free port].
 
 Prints a line {"layout", "weights", "max_diff"} for the weights from HF files and, where the entry before has the same
 folder, for those from the checkpoint that its layout has written.
@@ -109,17 +109,16 @@ def run(path: Path, at: Groups, load_from: Path | None, save_to: Path) -> None:
     dist.barrier()
 
 
-def main(scratch: Path, jobs: list[tuple[str, dict]]) -> None:
+def main(scratch: Path, jobs: list[tuple[str, dict, int]]) -> None:
     # torchrun's store remembers a first world; a store of its own lets one process make several, one after another.
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    first_port = int(os.environ["MASTER_PORT"]) + 1
-    for i, (path, layout) in enumerate(jobs):
-        os.environ["MASTER_PORT"] = str(first_port + i)
+    for i, (path, layout, port) in enumerate(jobs):
+        os.environ["MASTER_PORT"] = str(port)
         at = groups.init(ParallelLayout(**layout), timeout_s=60, seed=0)
         run(Path(path), at, scratch / str(i - 1) if i and jobs[i - 1][0] == path else None, scratch / str(i))
         groups.destroy()
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(600, exit=True)
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))

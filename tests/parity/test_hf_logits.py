@@ -13,6 +13,7 @@ import torch
 from tiny_models import save_tiny_hf
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from worlds import free_ports
 
 from mcore_rl.config import ModelConfig
 from mcore_rl.model.build import build_model, read_hf_config
@@ -23,7 +24,16 @@ from mcore_rl.weights.hf_io import load_hf
 from mcore_rl.weights.shards import megatron_shards
 
 TOLERANCE = 1e-5
-FAMILIES = {
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e6}
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+MODELS = {
     "moe": dict(moe=True),
     "moe_unnormalised": dict(moe=True, norm_topk_prob=False),
     "moe_every_second_layer": dict(moe=True, decoder_sparse_step=2),
@@ -31,9 +41,21 @@ FAMILIES = {
     "moe_single_expert": dict(moe=True, num_experts_per_tok=1, norm_topk_prob=False),
     "dense": dict(moe=False),
     "dense_tied": dict(moe=False, tie_word_embeddings=True),
-    "dense_own_rope_and_eps": dict(
-        moe=False, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-2, head_dim=16
-    ),
+    "dense_own_rope_and_eps": dict(moe=False, rope_parameters=PLAIN_ROPE, rms_norm_eps=1e-2, head_dim=16),
+    "dense_bias": dict(moe=False, attention_bias=True),
+    "qwen2": dict(family="qwen2"),
+    "qwen2_moe": dict(family="qwen2_moe"),
+    "qwen2_moe_dense_layer": dict(family="qwen2_moe", mlp_only_layers=[1], norm_topk_prob=True, qkv_bias=False),
+    "llama": dict(family="llama", tie_word_embeddings=True),
+    "llama_bias": dict(family="llama", attention_bias=True),
+    "llama3": dict(family="llama", rope_parameters=LLAMA3_ROPE, max_position_embeddings=131_072),
+    "mixtral": dict(family="mixtral"),
+    "olmoe": dict(family="olmoe"),
+    "olmoe_grouped": dict(family="olmoe", num_key_value_heads=2, norm_topk_prob=True),
+    "deepseek_v3": dict(family="deepseek_v3"),
+    "deepseek_v3_whole_queries": dict(family="deepseek_v3", q_lora_rank=None, num_experts_per_tok=1, topk_group=1)
+    | dict(n_group=1, norm_topk_prob=False),
+    "deepseek_v3_plain_rope": dict(family="deepseek_v3", rope_parameters=PLAIN_ROPE),
 }
 
 
@@ -71,13 +93,34 @@ def random_ids(*shape: int, seed: int = 1) -> Tensor:
     return torch.randint(0, 97, shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_logits_equal_transformers(family, one_rank, tmp_path):
-    path = save_tiny_hf(tmp_path, **FAMILIES[family])
+def test_logits_equal_transformers(name, one_rank, tmp_path):
+    path = save_tiny_hf(tmp_path, **MODELS[name])
     ids = random_ids(2, 33)
     expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
     assert (logits(policy(path, one_rank), ids) - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor"),
+    [
+        ("olmoe", "model.layers.1.self_attn.q_norm.weight"),
+        ("qwen2_moe", "model.layers.1.mlp.shared_expert_gate.weight"),
+        ("qwen2_moe", "model.layers.1.self_attn.k_proj.bias"),
+        ("deepseek_v3", "model.layers.1.mlp.gate.e_score_correction_bias"),
+        ("deepseek_v3", "model.layers.1.self_attn.kv_a_layernorm.weight"),
+    ],
+)
+@torch.no_grad()
+def test_every_kind_of_tensor_shows(family, tensor, one_rank, tmp_path):
+    """Its values in another order change the logits, so the comparison would see a wrong mapping of it."""
+    path, ids = save_tiny_hf(tmp_path, family=family), random_ids(2, 33)
+    model = policy(path, one_rank)
+    right = logits(model, ids)
+    (shard,) = [s for s in megatron_shards([model], read_hf_config(path), one_rank) if s.hf_name == tensor]
+    shard.view.copy_(shard.view.flip(-1).clone())
+    assert (logits(model, ids) - right).abs().max() > 100 * TOLERANCE
 
 
 @torch.no_grad()
@@ -126,26 +169,85 @@ def test_bfloat16(one_rank, tiny_moe_dir):
     assert seen == [torch.float32]
 
 
-MOE = [dict(ep=2, dp=2), dict(tp=2, ep=2), dict(tp=2, etp=2), dict(pp=2, vpp=2), dict(cp=2)]
-TIED = [dict(pp=2), dict(tp=2)]
-MOE_ON_FOUR = [dict(tp=2, dp=2, ep=2, etp=2), dict(tp=2, pp=2, ep=2)]
+@pytest.mark.parametrize("family", ["deepseek_v3", "olmoe"])
+@torch.no_grad()
+def test_packed_sequences_of_other_attentions(family, one_rank, tmp_path):
+    model, lengths = policy(save_tiny_hf(tmp_path, family=family), one_rank), [9, 17, 1, 9]
+    ids = random_ids(1, sum(lengths))
+    separate = torch.cat([logits(model, part) for part in ids.split(lengths, dim=1)], dim=1)
+    assert (logits(model, ids, lengths) - separate).abs().max() <= TOLERANCE
 
 
-@pytest.mark.parametrize(("ranks", "moe", "tied"), [(2, MOE, TIED), (4, MOE_ON_FOUR, [])], ids=["2", "4"])
-def test_sharded_logits_equal_transformers(ranks, moe, tied, tiny_moe_dir, tiny_tied_dir, tmp_path):
+QWEN3 = {
+    2: [
+        ("moe", axes) for axes in (dict(ep=2, dp=2), dict(tp=2, ep=2), dict(tp=2, etp=2), dict(pp=2, vpp=2), dict(cp=2))
+    ]
+    + [("tied", dict(pp=2)), ("tied", dict(tp=2))],
+    4: [("moe", axes) for axes in (dict(tp=2, dp=2, ep=2, etp=2), dict(tp=2, pp=2, ep=2), dict(tp=4))],
+}
+UNEVEN = dict(num_hidden_layers=3)
+OTHERS = {
+    "llama": dict(family="llama", attention_bias=True) | UNEVEN,
+    "qwen2_moe": dict(family="qwen2_moe") | UNEVEN,
+    "mixtral": dict(family="mixtral") | UNEVEN,
+    "olmoe": dict(family="olmoe") | UNEVEN,
+    "deepseek_v3": dict(family="deepseek_v3", num_hidden_layers=5),
+}
+LAYOUTS_OF_OTHERS = {
+    "llama": [dict(tp=2), dict(pp=2)],
+    "qwen2_moe": [dict(tp=2, ep=2)],
+    "olmoe": [dict(tp=2, ep=2)],
+    "deepseek_v3": [dict(tp=2, ep=2), dict(pp=2, vpp=2)],
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sharded_logits_equal_transformers(ranks, tiny_moe_dir, tiny_tied_dir, tmp_path):
+    """With four ranks also more tensor ranks than key/value heads."""
+    paths = {"moe": tiny_moe_dir, "tied": tiny_tied_dir}
+    check_sharded(ranks, [(paths[name], axes) for name, axes in QWEN3[ranks]], tmp_path)
+
+
+def test_sharded_logits_of_other_families(tmp_path):
+    """Tensor, expert and pipeline ranks, the latter with a number of layers that they do not divide."""
+    jobs = []
+    for name, layouts in LAYOUTS_OF_OTHERS.items():
+        path = save_tiny_hf(tmp_path / name, **OTHERS[name])
+        jobs += [(path, axes) for axes in layouts]
+    check_sharded(2, jobs, tmp_path)
+
+
+@pytest.mark.slow
+def test_sharded_logits_of_other_families_on_four(tmp_path):
+    jobs = []
+    for name, model in OTHERS.items():
+        path = save_tiny_hf(tmp_path / name, **model)
+        dense = name == "llama"
+        jobs.append((path, dict(tp=2, pp=2) if dense else dict(tp=2, pp=2, ep=2)))
+        jobs.append((path, dict(tp=4) if dense else dict(tp=2, dp=2, ep=2, etp=2)))
+        jobs += [(path, dict(tp=4, ep=4)), (path, dict(dp=4, ep=4))] if not dense else []
+    jobs = [(path, axes) for path, axes in jobs if (path.name, axes.get("ep")) != ("olmoe", 4) or "tp" not in axes]
+    check_sharded(4, jobs, tmp_path)
+
+
+def check_sharded(ranks: int, jobs: list[tuple[Path, dict]], scratch: Path) -> None:
     """Weights from HF files, and from a checkpoint that the layout before has written."""
-    jobs = [(str(tiny_moe_dir), layout) for layout in moe] + [(str(tiny_tied_dir), layout) for layout in tied]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     worker = Path(__file__).with_name("logits_worker.py")
     done = subprocess.run(
-        [*torchrun, str(worker), str(tmp_path), json.dumps(jobs)],
+        [
+            *torchrun,
+            str(worker),
+            str(scratch),
+            json.dumps([(str(path), axes, port) for (path, axes), port in zip(jobs, free_ports(len(jobs)))]),
+        ],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(reports) == 2 * len(jobs) - bool(moe) - bool(tied)
+    assert len(reports) == 2 * len(jobs) - len({path for path, _ in jobs})
     for report in reports:
         assert report["max_diff"] <= TOLERANCE, report

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny_models import DENSE, MOE
-from transformers import Qwen3Config, Qwen3MoeConfig
+from tiny_models import DENSE, FAMILIES, MOE, YARN
+from transformers import AutoConfig, Qwen3Config, Qwen3MoeConfig
 
 from mcore_rl.config import ModelConfig
 from mcore_rl.model.build import padded_vocab_size, read_hf_config, transformer_config
@@ -21,6 +21,21 @@ def moe_config(**overrides) -> Qwen3MoeConfig:
 
 def dense_config(**overrides) -> Qwen3Config:
     return Qwen3Config(**DENSE | overrides, architectures=["Qwen3ForCausalLM"])
+
+
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+
+def family_config(family: str, **overrides):
+    names = {"llama": "Llama", "mixtral": "Mixtral", "olmoe": "Olmoe", "deepseek_v3": "DeepseekV3"}
+    return AutoConfig.for_model(family, **FAMILIES[family] | overrides, architectures=[f"{names[family]}ForCausalLM"])
 
 
 def converted(hf_config, layout: ParallelLayout | None = None, **model):
@@ -65,7 +80,6 @@ def test_bfloat16_and_recompute():
 @pytest.mark.parametrize(
     ("hf_config", "message"),
     [
-        (dense_config(attention_bias=True), "attention_bias=True"),
         (dense_config(hidden_act="gelu"), "hidden_act='gelu'"),
         (dense_config(use_sliding_window=True, sliding_window=16, max_window_layers=2), "sliding_window=16"),
         (
@@ -73,8 +87,19 @@ def test_bfloat16_and_recompute():
             "rope_parameters={'rope_type': 'linear'",
         ),
         (moe_config(num_experts_per_tok=1, norm_topk_prob=True), "num_experts_per_tok=1"),
+        (family_config("llama", mlp_bias=True), "mlp_bias=True"),
+        (
+            family_config("llama", rope_parameters=LLAMA3 | {"low_freq_factor": 2.0}),
+            "rope_parameters={'rope_type': 'llama3'",
+        ),
+        (family_config("mixtral", sliding_window=16), "sliding_window=16"),
+        (family_config("olmoe", clip_qkv=8.0), "clip_qkv=8.0"),
+        (family_config("deepseek_v3", rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+        (family_config("deepseek_v3", topk_group=1), "topk_group=1"),
+        (family_config("deepseek_v3", norm_topk_prob=False), "norm_topk_prob=False"),
+        (family_config("deepseek_v3", rope_parameters=YARN | {"mscale": None}), "rope_parameters={'rope_type': 'yarn'"),
     ],
-    ids=["bias", "activation", "window", "rope", "topk"],
+    ids=lambda value: value if isinstance(value, str) else value.model_type,
 )
 def test_what_would_be_computed_wrongly_is_refused(hf_config, message):
     with pytest.raises(ValueError, match="is not supported; use a checkpoint without") as error:
@@ -83,8 +108,19 @@ def test_what_would_be_computed_wrongly_is_refused(hf_config, message):
 
 
 def test_layout_is_checked():
-    with pytest.raises(ValueError, match="parallel.tp=4 must divide the model's num_key_value_heads=2"):
-        converted(moe_config(), ParallelLayout(tp=4))
+    with pytest.raises(ValueError, match="parallel.ep=3 must divide the model's num_experts=8"):
+        converted(moe_config(), ParallelLayout(ep=3, dp=3))
+
+
+def test_pipeline_chunks_of_unequal_length():
+    layout = converted(moe_config(num_hidden_layers=5), ParallelLayout(pp=2, vpp=2)).pipeline_model_parallel_layout
+    assert layout.input_data == [["embedding", "decoder", "decoder"], ["decoder"], ["decoder"], ["decoder", "loss"]]
+
+
+def test_router_bias_is_left_alone():
+    """Megatron would move it by 1e-3 a step to balance the experts, whatever the loss says."""
+    config = converted(family_config("deepseek_v3"))
+    assert config.moe_router_enable_expert_bias and config.moe_router_bias_update_rate == 0.0
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 97), (2, 98), (8, 104)])
@@ -101,8 +137,8 @@ def test_read_hf_config(tiny_moe_dir, tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be used"):
         read_hf_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
-    with pytest.raises(ValueError, match="LlamaForCausalLM.* supported: Qwen3MoeForCausalLM, .*Qwen3ForCausalLM"):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
+    with pytest.raises(ValueError, match="GPT2LMHeadModel.* supported: Qwen3MoeForCausalLM, .*Qwen3ForCausalLM"):
         read_hf_config(tmp_path)
 
 

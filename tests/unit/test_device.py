@@ -123,6 +123,18 @@ def test_splits_as_numpy():
     assert torch.is_tensor(moved("splits_as_numpy"))
 
 
+def test_latent_attention_linear():
+    """Whether a linear is TransformerEngine's can be asked."""
+
+    def is_te(without: str | None) -> bool:
+        attention = megatron("transformer.multi_latent_attention", without)
+        return attention.HAVE_TE and isinstance(torch.nn.Linear(1, 1), attention.TELinear)
+
+    assert is_te(None) is False
+    with pytest.raises(TypeError):
+        is_te("latent_attention_linear")
+
+
 def test_router_gemm():
     def logits(without: str | None) -> list:
         moe_utils = megatron("transformer.moe.moe_utils", without)

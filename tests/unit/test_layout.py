@@ -84,15 +84,16 @@ MOE = SimpleNamespace(
 
 def test_model_that_fits():
     ParallelLayout(tp=2, pp=2, vpp=2, ep=3, etp=2, dp=3).validate_model(MOE)
+    ParallelLayout(tp=4, pp=3).validate_model(MOE)  # ranks share key/value heads; 4 layers as 2, 1, 1
 
 
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        (dict(tp=4), "parallel.tp=4 must divide the model's num_key_value_heads=2; tp can be 1, 2"),
         (dict(tp=3), "parallel.tp=3 must divide the model's num_attention_heads=8"),
+        (dict(tp=3), "parallel.tp=3 must divide the model's num_key_value_heads=2"),
         (dict(tp=8), "parallel.tp=8 must divide the model's intermediate_size=12"),
-        (dict(pp=2, vpp=4), "parallel.pp*vpp=8 must divide the model's num_hidden_layers=4; pp*vpp can be 1, 2, 4"),
+        (dict(pp=2, vpp=4), "parallel.pp*vpp=8 is more than the model's num_hidden_layers=4; lower pp or vpp"),
         (dict(ep=4, dp=4), "parallel.ep=4 must divide the model's num_experts=6; ep can be 1, 2, 3, 6"),
         (dict(etp=4, tp=2, dp=2), "parallel.etp=4 must divide the model's moe_intermediate_size=10"),
     ],
@@ -101,6 +102,18 @@ def test_model_that_does_not_fit(axes, message):
     with pytest.raises(ValueError) as error:
         ParallelLayout(**axes).validate_model(MOE)
     assert message in str(error.value)
+
+
+def test_names_of_other_families():
+    deepseek = SimpleNamespace(**{**vars(MOE), "model_type": "deepseek_v3", "num_experts": None, "n_routed_experts": 6})
+    with pytest.raises(ValueError, match="ep=4 must divide the model's n_routed_experts=6"):
+        ParallelLayout(ep=4, dp=4).validate_model(deepseek)
+    shared = SimpleNamespace(**vars(MOE), shared_expert_intermediate_size=7)
+    with pytest.raises(ValueError, match="tp=2 must divide the model's shared_expert_intermediate_size=7"):
+        ParallelLayout(tp=2).validate_model(shared)
+    olmoe = SimpleNamespace(**{**vars(MOE), "model_type": "olmoe"})
+    with pytest.raises(ValueError, match="tp=4 must divide the model's num_key_value_heads=2; tp can be 1, 2"):
+        ParallelLayout(tp=4).validate_model(olmoe)
 
 
 def test_dense_model_has_no_experts_to_shard():

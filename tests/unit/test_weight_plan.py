@@ -4,8 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch import nn
-from transformers import LlamaConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoConfig, GPT2Config, Qwen3Config, Qwen3MoeConfig
 
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.plan import plan
@@ -17,6 +18,7 @@ from mcore_rl.weights.shards import (
     megatron_boxes,
     megatron_shards,
     owned_boxes,
+    pipeline_layers,
 )
 
 D, HD, F, FE, V, LAYERS = 16, 8, 24, 12, 97, 4
@@ -268,10 +270,28 @@ def test_layouts_that_do_not_fit_name_the_tensor():
         megatron_boxes(CONFIGS["moe"], ParallelLayout(tp=3), 0)
     with pytest.raises(ValueError, match=r"gate_proj.*etp=5.*12 cannot be divided over 5"):
         megatron_boxes(CONFIGS["moe"], ParallelLayout(dp=5, etp=5), 0)
-    with pytest.raises(ValueError, match=r"4 layers cannot be divided over pp=3 x vpp=1"):
-        megatron_boxes(CONFIGS["moe"], ParallelLayout(pp=3), 0)
-    with pytest.raises(ValueError, match=r"model type 'llama'; supported: qwen3, qwen3_moe"):
-        hf_shapes(LlamaConfig())
+    with pytest.raises(ValueError, match=r"4 layers are fewer than the pp=3 x vpp=2 pipeline chunks"):
+        megatron_boxes(CONFIGS["moe"], ParallelLayout(pp=3, vpp=2), 0)
+    with pytest.raises(ValueError, match=r"model type 'gpt2'; supported: deepseek_v3, .*, qwen3_moe"):
+        hf_shapes(GPT2Config())
+
+
+def test_layers_that_do_not_divide_go_to_the_first_chunks():
+    assert [pipeline_layers(61, ParallelLayout(pp=4), pp) for pp in (0, 1, 3)] == [
+        [range(0, 16)],
+        [range(16, 31)],
+        [range(46, 61)],
+    ]
+    interleaved = ParallelLayout(pp=2, vpp=2)
+    assert pipeline_layers(5, interleaved, 0) == [range(0, 2), range(3, 4)]
+    assert pipeline_layers(5, interleaved, 1) == [range(2, 3), range(4, 5)]
+
+
+def test_router_bias_keeps_its_dtype():
+    """It decides by differences of 1e-3 which experts are chosen; bf16 would round them away."""
+    shapes = hf_shapes(AutoConfig.for_model("deepseek_v3", **FAMILIES["deepseek_v3"]), torch.bfloat16)
+    kept = {name for name, spec in shapes.items() if spec.dtype is torch.float32}
+    assert kept == {f"model.layers.{i}.mlp.gate.e_score_correction_bias" for i in (1, 2, 3)}
 
 
 def test_hf_side_checks_names_and_shapes():
