@@ -1,0 +1,182 @@
+"""Two policies on one probe: every statistic by name, with its interval.
+
+Names are flat and end in what varies: `flips/set/layer_2`, `inflation/z_w/8`, `sweep/0.01/var_r`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.decompose import Decomposition, decomposition_statistics
+from moe.flips import balance_loss, flip_statistics, load_health, loads, margin_report, overlap, router_drift
+from moe.objectives import TOKEN_CLIP, clip_statistics, coefficients, gate_statistics, matched_width
+from moe.probe import Probe
+from moe.stats import Answers, Estimate, autocorrelation, between_share, ess, estimates, inflation, log_weights
+from moe.trace import RoutingTrace
+
+Forward = Callable[..., tuple[list[Tensor], RoutingTrace, Tensor]]  # (model, sequences, routes, **options)
+Estimates = dict[str, Estimate]
+SHARES = (0.01, 0.05, 0.15)  # of tokens that matched clips drop
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What four forward passes gave, at the scored tokens.
+
+    Attributes:
+        parts: log-probs [N].
+        old_ids, new_ids: [N, L, K]. old_gates: [N, L, K]. old_logits, new_logits: [N, L, E] of the routers.
+        old_routes: of all tokens, to replay.
+    """
+
+    parts: Decomposition
+    old_ids: Tensor
+    new_ids: Tensor
+    old_gates: Tensor | None
+    old_logits: Tensor
+    new_logits: Tensor
+    old_routes: RoutingTrace
+
+    @property
+    def flipped(self) -> Tensor:
+        """[N] some layer chose other experts."""
+        return (overlap(self.old_ids, self.new_ids) < self.old_ids.shape[-1]).any(1)
+
+
+@torch.no_grad()
+def four_passes(forward: Forward, old: Any, new: Any, probe: Probe) -> Passes:
+    """Weights in {old, new} x routes in {old, new}; a dense model has no routes, so that z_r is 0."""
+    rows = probe.rows
+    old_logprobs, old_trace, old_logits = forward(old, probe.sequences, None)
+    new_logprobs, new_trace, new_logits = forward(new, probe.sequences, None)
+    new_on_old = forward(new, probe.sequences, old_trace)[0]
+    old_on_new = forward(old, probe.sequences, new_trace)[0]
+    each = (old_logprobs, new_logprobs, new_on_old, old_on_new)
+    return Passes(
+        Decomposition(*(probe.scored(logprobs).double() for logprobs in each)),
+        old_trace.expert_ids[rows],
+        new_trace.expert_ids[rows],
+        None if old_trace.gates is None else old_trace.gates[rows],
+        old_logits[rows],
+        new_logits[rows],
+        old_trace,
+    )
+
+
+def exactly(value: float) -> Estimate:
+    """A number that is no sample of anything."""
+    return Estimate(float(value), float(value), float(value))
+
+
+def prefixed(prefix: str, found: Estimates) -> Estimates:
+    return {f"{prefix}/{name}": estimate for name, estimate in found.items()}
+
+
+def compare(passes: Passes, probe: Probe, draws: int = 1000) -> Estimates:
+    """All statistics of one pair of policies; intervals over prompts."""
+    answers = probe.answers
+    z, z_w, z_r = passes.parts.z, passes.parts.z_w, passes.parts.z_r
+    found = estimates(decomposition_statistics(passes.parts, passes.flipped, answers), draws)
+    found |= averaging({"z": z, "z_w": z_w, "z_r": z_r}, answers, draws)
+    for routes, log_ratio in (("free", z), ("weights", z_w)):
+        weights = log_weights(log_ratio, answers)
+        found |= prefixed(f"ess/{routes}", estimates({k: ess(*pair) for k, pair in weights.items()}, draws))
+    found |= routing(passes, answers, draws)
+    if probe.rewards is not None and probe.rewards.unique().numel() > 1:
+        found |= clipping(z, z_w, answers.spread(probe.advantages), answers, draws)
+    return found
+
+
+def averaging(log_ratios: dict[str, Tensor], answers: Answers, draws: int) -> Estimates:
+    """inflation/NAME/n for n = 1, 2, 4 .. the median length, rho/NAME/lag, between/NAME."""
+    longest = int(answers.lengths.median())
+    lengths = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
+    found: Estimates = {}
+    for name, z in log_ratios.items():
+        if z.any():
+            curves = {f"inflation/{name}/{n}": inflation(z, answers, n) for n in lengths}
+            curves |= {f"rho/{name}/{lag}": autocorrelation(z, answers, lag) for lag in lengths if lag < longest}
+            found |= estimates(curves | {f"between/{name}": between_share(z, answers)}, draws)
+    return found
+
+
+def routing(passes: Passes, answers: Answers, draws: int) -> Estimates:
+    """flips/.., margins/.., router/..; nothing for a dense model."""
+    old_ids, new_ids = passes.old_ids, passes.new_ids
+    if old_ids.shape[1] == 0:
+        return {}
+    flips = flip_statistics(old_ids, new_ids, answers.token_prompts, passes.old_gates)
+    found = prefixed("flips", estimates(flips, draws))
+    if passes.old_logits.shape[-1] > old_ids.shape[-1]:
+        report = asdict(margin_report(passes.old_logits, passes.new_logits, old_ids, new_ids))
+        quantiles, deciles = report.pop("quantiles"), report.pop("flip_by_decile")
+        found |= {f"margins/{name}": exactly(value) for name, value in report.items()}
+        found |= {f"margins/quantile/{i / 10:g}": exactly(q) for i, q in enumerate(quantiles)}
+        found |= {f"margins/flips_in_decile/{i + 1}": exactly(rate) for i, rate in enumerate(deciles)}
+    return found | router(passes)
+
+
+def router(passes: Passes) -> Estimates:
+    """Health of the new router by layer, and its drift from the old one."""
+    load = loads(passes.new_ids, passes.new_logits.shape[-1])
+    drift = router_drift(passes.old_logits, passes.new_logits, passes.old_ids)
+    gamma = drift.pop("gamma")
+    by_layer = {f"load_{name}": values for name, values in load_health(load).items()}
+    by_layer |= drift | {"balance_loss": balance_loss(load, passes.new_logits)}
+    found = {
+        f"router/{name}/layer_{i}": exactly(value)
+        for name, values in by_layer.items()
+        for i, value in enumerate(values.tolist())
+    }
+    return found | {
+        "router/gamma": exactly(gamma.mean()),
+        "router/gamma_below_0.7": exactly((gamma < 0.7).float().mean()),
+    }
+
+
+def clipping(z: Tensor, z_w: Tensor, advantages: Tensor, answers: Answers, draws: int) -> Estimates:
+    """clip/..: the usual token clip, SAPO's gate, and token and sequence clips of equal share; `advantages` [N]."""
+    ratio, ratio_w = z.exp(), z_w.exp()
+    statistics = clip_statistics("token_0.2", ratio, ratio_w, advantages, answers, *TOKEN_CLIP)
+    statistics |= gate_statistics(z, advantages, answers)
+    sequence, sequence_w = (coefficients("GSPO", x, advantages, answers) for x in (z, z_w))
+    found: Estimates = {}
+    for share in SHARES:
+        pairs = {"token": (ratio, ratio_w), "sequence": (sequence, sequence_w)}
+        for name, (free, weights) in pairs.items():
+            width = matched_width(free, advantages, share)
+            label = f"matched_{share:g}/{name}"
+            found[f"clip/{label}/width"] = exactly(width)
+            statistics |= clip_statistics(label, free, weights, advantages, answers, width, width)
+    return found | prefixed("clip", estimates(statistics, draws))
+
+
+@torch.no_grad()
+def noise_floor(forward: Forward, model: Any, probe: Probe, routes: RoutingTrace, logprobs: Tensor) -> Estimates:
+    """The same weights once more, cut into other chunks: what counts as no difference.
+
+    Args:
+        routes, logprobs: of the first pass, [N] the latter.
+    """
+    again, trace, _ = forward(model, probe.sequences, None, chunk_tokens=512)
+    d = probe.scored(again).double() - logprobs
+    changed = (overlap(routes.expert_ids, trace.expert_ids) < trace.expert_ids.shape[-1]).double()
+    return {
+        "floor/abs_max": exactly(d.abs().max()),
+        "floor/var_z": exactly(d.var(correction=0)),
+        "floor/flips_set": exactly(changed.mean() if changed.numel() else 0.0),
+    }
+
+
+def by_update(found: Sequence[Estimates]) -> Estimates:
+    """The last of several policies under plain names, and all of them as update/k/NAME, k = 1, 2, .."""
+    merged = dict(found[-1])
+    if len(found) > 1:
+        for k, one in enumerate(found, 1):
+            merged |= prefixed(f"update/{k}", one)
+    return merged
