@@ -90,6 +90,13 @@ class WeightSyncConfig(Section):
     max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
 
 
+class ReferenceConfig(Section):
+    path: str | None = None  # HF folder of the frozen policy; None: model.path
+    precompute: bool = True  # preference pairs: score all of them before training, then hold no reference model
+    cache_dir: str | None = None  # of precomputed log-probs; None: OUTPUT_DIR/reference_logprobs
+    max_logprob_diff: float = Field(0.0, ge=0)  # of policy and reference before the first step on pairs
+
+
 class CriticConfig(Section):
     path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0
     lr: float = Field(1e-5, gt=0)  # everything else as `optimizer`
@@ -143,6 +150,7 @@ class RunConfig(Section):
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    reference: ReferenceConfig = ReferenceConfig()
     critic: CriticConfig = CriticConfig()
     data: DataConfig = DataConfig()
     reward: str | list[str] = (

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mcore_rl.algorithms.base import Algorithm, GroupAlgorithm
+from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.algorithms.dapo import DAPO
 from mcore_rl.algorithms.gspo import GSPO
 from mcore_rl.config import RunConfig
+from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
 def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     found = []
     rollout, rl = config.rollout, algorithm.needs_rollouts
-    if isinstance(algorithm, GroupAlgorithm) and rollout.group_size == 1:
+    if rl and rollout.group_size == 1 and not _teaches_alone(algorithm):
         message = "with one response a prompt every group-relative advantage is 0 and nothing is learned; use 2 or more"
         found.append(Finding("error", "rollout.group_size", message))
     if config.reward_model.path is not None and not rl:
@@ -54,6 +55,12 @@ def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
         message = f"the critic learns alone for all steps={config.steps}; the policy never moves"
         found.append(Finding("error", "critic.warmup_steps", message))
     return found
+
+
+def _teaches_alone(algorithm: Algorithm) -> bool:
+    """Whether one response to a prompt has an advantage, or is only compared with the others."""
+    alone = Trajectory((0,), (0,), (0.0,), "stop", 0, reward=1.0)
+    return bool(algorithm.advantages(RolloutGroup(Prompt("lint", (0,), ""), (alone,))).any())
 
 
 def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:

@@ -87,7 +87,9 @@ def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics
     if run.plan.algorithm.needs_rollouts:
         flat = filled(flat, "old_logprobs", [o.logprobs for o in forward_only(run.policy, flat)])
         metrics = mismatch(run, flat)
-    if run.reference is not None:
+    if run.reference_logprobs is not None:
+        flat = filled(flat, "ref_logprobs", [run.reference_logprobs.of(b) for b in flat])
+    elif run.reference is not None:
         flat = filled(flat, "ref_logprobs", [o.logprobs for o in forward_only(run.reference, flat)])
     if run.critic is not None:
         flat = filled(flat, "values", [o.values for o in forward_only(run.critic, flat)])

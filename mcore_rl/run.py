@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer, PretrainedConfig
 
@@ -37,6 +37,9 @@ from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter
 
+if TYPE_CHECKING:
+    from mcore_rl.reference import GivenLogprobs
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -60,6 +63,7 @@ class Run:
     trained: dict[str, Training]  # "policy" and, if the algorithm needs one, "critic": what a checkpoint holds
     policy: Policy
     reference: Policy | None
+    reference_logprobs: GivenLogprobs | None  # instead of the model, where all it will be asked is known
     critic: Scorer | None
     reward_model: Scorer | None  # its score is the reward, the rule's an audit
     exporter: WeightExporter
@@ -109,7 +113,9 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     if errors:
         raise ValueError("; ".join(errors))
     if "pairs" in algorithm.needs:
-        task.pair_example(0)
+        task.train_pairs()
+    if config.reference.path is not None:
+        _check_reference(config.reference.path, algorithm, hf_config)
     if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
         raise ValueError(
             "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
@@ -147,6 +153,12 @@ def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedC
         raise ValueError(f"optimizer.min_lr={optimizer.min_lr:g}: must be at most optimizer.lr={optimizer.lr:g}")
 
 
+def _check_reference(path: str, algorithm: Algorithm, hf_config: PretrainedConfig) -> None:
+    if "reference" not in algorithm.needs:
+        raise ValueError(f"reference.path={path!r} is never read: with algorithm.kl_coef=0 there is no reference")
+    check_hf(path, hf_config)
+
+
 def check_run_folder(config: RunConfig) -> None:
     """Make the run's folder. Raises ValueError where that fails or a new run would overwrite an old one."""
     try:
@@ -170,10 +182,9 @@ def open_run(plan: Plan) -> Iterator[Run]:
     with ExitStack() as stack, _failure_told_first(), explain_timeouts(config.parallel.timeout_s):
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
-        chunks = _load_policy(plan, groups)
-        reference = None
-        if "reference" in plan.algorithm.needs:
-            reference = _policy(plan, groups, _load_policy(plan, groups))
+        chunks = _load_policy(plan, groups, config.model.path)
+        in_loop = "reference" in plan.algorithm.needs and not precomputes_reference(plan)
+        reference = load_reference(plan, groups) if in_loop else None
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
         trained, critic = {"policy": training}, None
         if "critic" in plan.algorithm.needs:
@@ -208,6 +219,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             trained=trained,
             policy=policy,
             reference=reference,
+            reference_logprobs=None,
             critic=critic,
             reward_model=reward_model,
             exporter=exporter,
@@ -261,9 +273,19 @@ def evaluation_sampling(config: RunConfig) -> SamplingParams:
     return replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
 
 
-def _load_policy(plan: Plan, groups: Groups) -> list:
+def precomputes_reference(plan: Plan) -> bool:
+    """Whether all that the reference will be asked is known before training, see `mcore_rl.reference`."""
+    return "pairs" in plan.algorithm.needs and plan.config.reference.precompute and plan.layout.cp == 1
+
+
+def load_reference(plan: Plan, groups: Groups) -> Policy:
+    """The frozen policy that KL terms and preference losses compare with."""
+    return _policy(plan, groups, _load_policy(plan, groups, plan.config.reference.path or plan.config.model.path))
+
+
+def _load_policy(plan: Plan, groups: Groups, path: str) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
-    load_hf(plan.config.model.path, megatron_shards(chunks, plan.hf_config, groups))
+    load_hf(path, megatron_shards(chunks, plan.hf_config, groups))
     return chunks
 
 

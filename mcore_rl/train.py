@@ -25,6 +25,7 @@ from mcore_rl.phases import (
     sync_weights,
     update,
 )
+from mcore_rl.reference import with_reference
 from mcore_rl.report import write_report
 from mcore_rl.run import Run, check_run_folder, make_plan, on_rank_0_only, open_run, world_size
 from mcore_rl.weights.sync import export_hf
@@ -35,6 +36,7 @@ def train(config: RunConfig) -> Path:
     check_run_folder(config)
     with open_run(make_plan(config, world_size())) as run:
         rl = run.plan.algorithm.needs_rollouts
+        run = with_reference(run)
         done = run.start
         sync_weights(run, done.policy_version)
         if done.step == 0:

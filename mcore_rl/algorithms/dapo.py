@@ -15,7 +15,7 @@ class DAPO(GRPO):
 
     Attributes:
         clip_high: above `clip_low`, so that unlikely tokens can become likely.
-        aggregation: token_mean, over the tokens of the mini-batch (eq. 8 takes a group's).
+        aggregation: token_mean, over the tokens of the mini-batch, as all published code; eq. 8 is group_token_mean.
         dynamic_sampling: drop groups whose raw rewards are all equal; the loop samples until the batch is full.
         carry_surplus: kept groups beyond the batch begin the next one, as the buffer of algorithm 1 does; they are one
             policy version old then, a mismatch that only `correction` weighs. False drops them.

@@ -60,6 +60,9 @@ class FileTask(Task):
     def pair_example(self, index: int) -> PairIds:
         return encode_pair(self.tokenizer, self._example(index).prompt)
 
+    def train_pairs(self) -> list[PairIds]:
+        return [encode_pair(self.tokenizer, example.prompt) for example in self.train]
+
     def eval_pairs(self, n: int) -> list[PairIds]:
         return [encode_pair(self.tokenizer, example.prompt) for example in self.held_out[:n]]
 

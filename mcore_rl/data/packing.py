@@ -30,6 +30,7 @@ class Sample:
     num_response: int
     advantage: float
     rollout_logprobs: tuple[float, ...]  # [num_response]
+    group_length: float | None = None  # mean number of loss tokens of its group; None: it has no group
 
     @property
     def positions(self) -> int:
@@ -40,12 +41,14 @@ def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sam
     """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on."""
     samples = []
     for group, advantages in zip(groups, algorithm.batch_advantages(groups), strict=True):
+        lengths = [len(t.response_ids) for t in group.trajectories if algorithm.trains_on(t)]
         for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
             sample = Sample(
                 token_ids=(*trajectory.prompt_ids, *trajectory.response_ids),
                 num_response=len(trajectory.response_ids),
                 advantage=advantage,
                 rollout_logprobs=trajectory.rollout_logprobs,
+                group_length=sum(lengths) / max(1, len(lengths)),
             )
             samples.append(sample if algorithm.trains_on(trajectory) else _untrained(sample))
     return samples
@@ -123,7 +126,10 @@ def pack_mini_batch(
         unit: this many consecutive samples share a micro-batch, next to each other.
     """
     lengths = torch.tensor([s.num_response for s in samples])
-    weights = sequence_weights(lengths, algorithm.aggregation, max_length=max_response).tolist()
+    of_groups = torch.tensor([float(s.num_response if s.group_length is None else s.group_length) for s in samples])
+    weights = sequence_weights(
+        lengths, algorithm.aggregation, max_length=max_response, group_lengths=of_groups
+    ).tolist()
     units = [samples[i : i + unit] for i in range(0, len(samples), unit)]
     positions = [sum(s.positions for s in u) for u in units]
     mine = balance(positions, num_ranks, budget, rounds)[rank]

@@ -41,6 +41,11 @@ class Task:
         Raises:
             ValueError: the task has no preference pairs.
         """
+        pairs = self.train_pairs()
+        return pairs[index % len(pairs)]
+
+    def train_pairs(self) -> list[PairIds]:
+        """All preference pairs of the training data; raises as `pair_example`."""
         raise ValueError(f"task {self.name!r} has no preference pairs; use data.task=file with chosen and rejected")
 
     def eval_pairs(self, n: int) -> list[PairIds]:

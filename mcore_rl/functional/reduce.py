@@ -11,17 +11,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant", "group_token_mean")
 
 
-def sequence_weights(lengths: Tensor, aggregation: str, *, max_length: int | None = None) -> Tensor:
+def sequence_weights(
+    lengths: Tensor, aggregation: str, *, max_length: int | None = None, group_lengths: Tensor | None = None
+) -> Tensor:
     """The weight of each token of every sequence of a global mini-batch.
 
     Args:
         lengths: [B] number of loss tokens of each sequence; sequences of length 0 count nowhere.
         aggregation: token_mean 1/sum(n); sequence_mean 1/(N n_i), the token mean inside each sequence;
-            sequence_sum 1/N; constant 1/(N max_length) (Dr.GRPO). N is the number of sequences with n_i > 0.
+            sequence_sum 1/N; constant 1/(N max_length) (Dr.GRPO); group_token_mean 1/(N m_i), which for whole groups is
+            the token mean of each, averaged over groups (DAPO, eq. 8). N is the number of sequences with n_i > 0.
         max_length: the constant of "constant".
+        group_lengths: [B] m_i, mean number of loss tokens of the sequence's group; None: every sequence is a group.
 
     Returns:
         [B] float64, one weight for all tokens of a sequence; 0 for an empty one.
@@ -40,6 +44,7 @@ def sequence_weights(lengths: Tensor, aggregation: str, *, max_length: int | Non
         "sequence_mean": lambda: 1 / (count * n.clamp(min=1)),
         "sequence_sum": lambda: 1 / count,
         "constant": lambda: 1 / (count * float(max_length or 1)),
+        "group_token_mean": lambda: 1 / (count * (n if group_lengths is None else group_lengths.double()).clamp(min=1)),
     }[aggregation]()
     return torch.where(n > 0, weight, 0.0)
 

@@ -48,7 +48,7 @@ def _sendable(error: Exception) -> Exception:
 def sum_over_ranks(groups: Groups, values: dict[str, float], *, contributes: bool = True) -> dict[str, float]:
     """Add up each number over the ranks that contribute; the result is the same on every rank."""
     totals: dict[str, float] = {}
-    for part in _gather(groups, values if contributes else {}):
+    for part in gather_objects(groups, values if contributes else {}):
         for name, value in part.items():
             totals[name] = totals.get(name, 0.0) + value
     return totals
@@ -56,11 +56,12 @@ def sum_over_ranks(groups: Groups, values: dict[str, float], *, contributes: boo
 
 def max_over_ranks(groups: Groups, value: float) -> float:
     """The largest of every rank's number; NaN if any is NaN."""
-    values = _gather(groups, value)
+    values = gather_objects(groups, value)
     return max(values, key=lambda x: (math.isnan(x), x))
 
 
-def _gather(groups: Groups, value: T) -> list[T]:
+def gather_objects(groups: Groups, value: T) -> list[T]:
+    """Every rank's (picklable) value, on every rank."""
     if groups.world_size == 1:
         return [value]
     everyone: list = [None] * groups.world_size

@@ -132,7 +132,7 @@ def test_a_reference_policy(tmp_path, model, worker):
 
 
 def test_ppo_tells_its_critic_and_what_is_held(tmp_path, model, worker):
-    tiny(tmp_path, model, algorithm={"name": "ppo", "kl_coef": 0.1}, critic={"lr": 1e-3})
+    tiny(tmp_path, model, algorithm={"name": "ppo", "kl_coef": 0.1}, critic={"lr": 1e-3}, rollout={"temperature": 0.7})
     code, _, err = worker(command, tmp_path, "train", "config.yaml")
     assert code == 0, err
     by_step = rows(tmp_path / "runs" / "run")
@@ -142,6 +142,7 @@ def test_ppo_tells_its_critic_and_what_is_held(tmp_path, model, worker):
     assert config["tie_word_embeddings"] and held["critic"] - held["policy"] == config["hidden_size"], "the score head"
     assert by_step[1]["critic/explained_variance"] == pytest.approx(0, abs=1e-6), "a new head gives 0 everywhere"
     assert by_step[2]["critic/explained_variance"] != 0
+    assert by_step[1]["mismatch/k3"] < 1e-8, "the trainer divides its logits by the temperature too"
     assert 0.1 < by_step[1]["memory/trainer_peak_gb"] <= by_step[2]["memory/trainer_peak_gb"] < 20
 
 

@@ -43,6 +43,28 @@ def test_loss_and_gradient_by_an_independent_formula():
     torch.testing.assert_close(gradient(load("dapo"), batch, out), expected, rtol=1e-12, atol=0)
 
 
+def test_token_mean_within_a_group():
+    """Eq. 8: every group is normalised by its own tokens. With one group that is the token mean of the batch."""
+
+    def weights(algorithm, groups):
+        samples = samples_of(groups, algorithm)
+        (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
+        sums = torch.zeros(len(samples)).index_add(0, batch.segment_ids, batch.weights)
+        n = torch.tensor([s.num_response for s in sorted(samples, key=lambda s: -s.positions)])
+        return dict(zip(n.tolist(), (sums / n).tolist()))  # a token's weight, by the response's length
+
+    def group(name, *lengths):
+        answers = (make_trajectory(float(i % 2), length=n) for i, n in enumerate(lengths))
+        return RolloutGroup(Prompt(name, (1, 2), ""), tuple(answers))
+
+    eq_8, usual = load("dapo", aggregation="group_token_mean"), load("dapo")
+    short, long = group("0", 1, 2), group("1", 3, 7)
+    got = weights(eq_8, [short, long])
+    assert got == pytest.approx({1: 1 / 6, 2: 1 / 6, 3: 1 / 20, 7: 1 / 20}, rel=1e-6)
+    assert weights(usual, [short, long]) == pytest.approx(dict.fromkeys((1, 2, 3, 7), 1 / 13), rel=1e-6)
+    assert weights(eq_8, [long]) == pytest.approx(weights(usual, [long]), rel=1e-6)
+
+
 class TestOverlong:
     @pytest.mark.parametrize(
         ("length", "expected"),

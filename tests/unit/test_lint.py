@@ -17,7 +17,7 @@ def findings(algorithm: dict, **sections) -> list[tuple[str, str]]:
 
 
 BF16 = {"path": "m", "dtype": "bfloat16"}
-GSPO, GRPO, PPO, SFT = ({"name": name} for name in ("gspo", "grpo", "ppo", "sft"))
+GSPO, GRPO, PPO, GAPO, SFT = ({"name": name} for name in ("gspo", "grpo", "ppo", "gapo", "sft"))
 REWARD_MODEL = {"reward_model": {"path": "r"}}
 ALONE, ALL_WARMUP = {"rollout": {"group_size": 1}}, {"critic": {"warmup_steps": 100}}
 AUX = {"model": {"path": "m", "moe_aux_loss_coef": 0.01}}
@@ -31,6 +31,7 @@ DAPO = {"name": "dapo", "overlong_cache": 64}
     [
         ("error", "rollout.group_size", (GRPO, ALONE), (PPO, ALONE)),
         ("error", "reward_model.path", (SFT, REWARD_MODEL), (GRPO, REWARD_MODEL)),
+        ("error", "rollout.group_size", (GAPO | {"baseline": "group"}, ALONE), (GAPO, ALONE)),
         ("error", "critic.warmup_steps", (PPO, ALL_WARMUP), (GRPO, ALL_WARMUP)),
         ("warning", "model.moe_aux_loss_coef", (GRPO, AUX), (SFT, AUX)),
         (

@@ -146,10 +146,12 @@ class TestWeights:
             ("sequence_mean", [1 / 4, 1 / 12, 0]),
             ("sequence_sum", [1 / 2, 1 / 2, 0]),
             ("constant", [1 / 20, 1 / 20, 0]),
+            ("group_token_mean", [1 / 6, 1 / 10, 0]),
         ],
     )
     def test_by_hand(self, aggregation, expected):
-        assert sequence_weights(self.N, aggregation, max_length=10).tolist() == pytest.approx(expected, rel=1e-14)
+        weights = sequence_weights(self.N, aggregation, max_length=10, group_lengths=torch.tensor([3.0, 5.0, 1.0]))
+        assert weights.tolist() == pytest.approx(expected, rel=1e-14)
 
     def test_equal_lengths_make_both_means_equal(self):
         n = torch.tensor([4, 4])
