@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -97,8 +98,8 @@ def run_case(case, groups) -> None:
 
     sizes = [f"parallel.{k}={v}" for k, v in case["layout"].items() if k != "dp"]
     plan = make_plan(load_config(Path(case["folder"]) / "config.yaml", sizes), groups.world_size)
-    nothing = dict.fromkeys(("reference", "reference_logprobs", "critic", "exporter", "engine", "transfer", "log"))
-    run = Run(plan, groups, {}, load_reference(plan, groups), start=Progress(), **nothing)
+    needed = dict(plan=plan, groups=groups, trained={}, policy=load_reference(plan, groups), start=Progress())
+    run = Run(**dict.fromkeys(f.name for f in fields(Run)) | needed)
     first, second = (with_reference(run).reference_logprobs.rows for _ in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     if groups.rank == groups.world_size - 1:
