@@ -1,4 +1,4 @@
-"""mcore-rl: train, lint, generate, pairs, evaluate."""
+"""mcore-rl: train, plan, lint, generate, pairs, evaluate."""
 
 from __future__ import annotations
 
@@ -146,6 +146,30 @@ def lint(config: ConfigFile, overrides: Overrides = None) -> None:
     if not findings:
         print("nothing found")
     raise typer.Exit(2 if any(f.level == "error" for f in findings) else 0)
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    world_size: Annotated[int, typer.Option(min=1, help="trainer ranks, one a GPU")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu_memory_gb: Annotated[float, typer.Option(min=1, help="of one GPU, in units of 2**30 bytes")] = 80.0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, in bytes and elements")] = False,
+) -> None:
+    """Say whether CONFIG fits WORLD_SIZE GPUs; reads only the model's config.json. Exit code 2: invalid, 1: too big."""
+    asked = load_config(config, overrides or ())
+    from mcore_rl.planning.estimate import Hardware
+    from mcore_rl.planning.plan import plan_run
+    from mcore_rl.planning.report import as_json as report
+    from mcore_rl.planning.report import show
+
+    planned, changes = plan_run(asked, world_size, Hardware(gpus_per_node, gpu_memory_gb))
+    if as_json:
+        print(json.dumps(report(planned, changes)))
+    else:
+        show(planned, changes)
+    raise typer.Exit(1 if planned.problems else 0)
 
 
 @app.command()

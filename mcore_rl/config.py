@@ -76,6 +76,7 @@ class RolloutConfig(Section):
     tensor_parallel_size: int = Field(1, ge=1)
     kv_cache_gb: float = Field(0.5, gt=0)  # CPU
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # GPU
+    sleep: bool = False  # GPU: the engine gives its memory to the trainer while that works
     startup_timeout_s: float = Field(300, gt=0)
 
 

@@ -26,6 +26,12 @@ Metrics = dict[str, float]
 MiniBatches = list[list[PackedBatch]]
 
 
+def rest_engine(run: Run) -> None:
+    """Leave the engine's GPU memory to the trainer until weights are sent, where the configuration asks for that."""
+    if run.plan.config.rollout.sleep:
+        on_rank_0(run.groups, lambda: run.engine.sleep())  # every rank waits: the engine may be on its GPU too
+
+
 def read_examples(run: Run, done: Progress) -> tuple[list[Sample], Progress, Metrics]:
     """This step's given responses: one an example (SFT), or chosen and rejected after each other (preference pairs)."""
     task, count = run.plan.task, run.plan.config.batch.prompts_per_step
@@ -212,6 +218,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
     """
     config = run.plan.config
     start = time.perf_counter()
+    if config.rollout.sleep and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the engine wakes up, and finds what this process only keeps in reserve taken
     run.transfer.send(version)
     metrics = {"weight_sync/seconds": time.perf_counter() - start}
     if config.weight_sync.probe_prompts == 0:

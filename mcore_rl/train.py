@@ -21,6 +21,7 @@ from mcore_rl.phases import (
     evaluate,
     pack,
     read_examples,
+    rest_engine,
     score_old,
     sync_weights,
     update,
@@ -46,6 +47,7 @@ def train(config: RunConfig) -> Path:
             while done.step < config.steps:
                 with timers("collect"):
                     samples, done, collected = (collect_rollouts if rl else read_examples)(run, done)
+                rest_engine(run)
                 with timers("pack"):
                     unit = run.plan.algorithm.unit
                     mini_batches = pack(run, samples, done.step, config.batch.mini_batches, unit)

@@ -104,7 +104,7 @@ class ParallelLayout:
 
     def validate_model(self, hf_config: Any) -> None:
         """Check that the model of a HF config can be cut this way. Raises ValueError listing every mistake and fix."""
-        expert_field = next((f for f in _EXPERT_FIELDS if getattr(hf_config, f, None)), None)
+        expert_field = next((f for f in EXPERT_FIELDS if getattr(hf_config, f, None)), None)
         mistakes = [
             _indivisible("tp", self.tp, "num_attention_heads", hf_config.num_attention_heads),
             self._key_value_heads(hf_config),
@@ -146,7 +146,8 @@ class ParallelLayout:
         return "\n".join([*lines[:2], "-" * len(lines[0]), *lines[2:]])
 
 
-_EXPERT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts")
+# what the architectures of transformers call their number of experts
+EXPERT_FIELDS = ("num_experts", "n_routed_experts", "num_local_experts")
 
 
 def _indivisible(axis: str, size: int, field: str, count: int) -> str | None:

@@ -73,6 +73,13 @@ class RolloutEngine(Protocol):
         """Run a method of the worker extension on every worker. Raises RolloutError."""
         ...
 
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the trainer until the next call of `generate` or `call_workers`.
+
+        Does nothing on a CPU, without `rollout.sleep`, and where the engine sleeps already. Raises RolloutError.
+        """
+        ...
+
     def check_alive(self) -> None:
         """Raises RolloutError with the cause where the engine is dead or closed."""
         ...

@@ -74,6 +74,9 @@ class ServerEngine:
     def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
         return self.post("collective_rpc", {"method": method, "kwargs": kwargs})["results"]
 
+    def sleep(self) -> None:
+        """A server has GPUs of its own."""
+
     def check_alive(self) -> None:
         try:
             healthy = self._session.get(f"{self.url}/health", timeout=10).status_code == 200

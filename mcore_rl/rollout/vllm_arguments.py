@@ -39,7 +39,7 @@ def engine_arguments(
         use_tqdm_on_load=False,
     )
     if not current_platform.is_cpu():
-        return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization)
+        return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=rollout.sleep)
     # A prompt computed in chunks rolls its request's generator back, which a CPU generator cannot do.
     return arguments | dict(
         enforce_eager=True, enable_chunked_prefill=False, kv_cache_memory_bytes=int(rollout.kv_cache_gb * 2**30)

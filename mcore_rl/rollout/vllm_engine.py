@@ -56,8 +56,13 @@ def open_engine(
     return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
 
 
-def resolve(rollout: RolloutConfig, weight_sync: WeightSyncConfig, world_size: int) -> tuple[str, str]:
+def resolve(
+    rollout: RolloutConfig, weight_sync: WeightSyncConfig, world_size: int, cuda: bool | None = None
+) -> tuple[str, str]:
     """Where the engine is and how its weights get there: what "auto" stands for, without starting anything.
+
+    Args:
+        cuda: whether trainer and engine have GPUs; None: as this host.
 
     Raises:
         ValueError: placement, number of ranks, tensor parallelism, server address and backend do not fit together.
@@ -76,24 +81,41 @@ def resolve(rollout: RolloutConfig, weight_sync: WeightSyncConfig, world_size: i
         )
     if placement == "server" and not rollout.server_url:
         raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
-    return placement, resolve_backend(weight_sync.backend, placement)
+    if placement == "server" and rollout.sleep:
+        raise ValueError(
+            "rollout.sleep=true is for an engine on the trainer's GPUs, a server has its own; set it to false"
+        )
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    return placement, resolve_backend(weight_sync.backend, placement, rollout.tensor_parallel_size, cuda)
 
 
-def resolve_backend(backend: str, placement: str) -> str:
+def resolve_backend(backend: str, placement: str, num_workers: int, cuda: bool) -> str:
     """The weight-transfer backend that "auto" stands for.
 
     Raises:
         ValueError: the backend cannot work there. A process can neither open CUDA IPC handles of its own nor be two
-            ranks of an NCCL group on one GPU.
+            ranks of an NCCL group on one GPU, and the handles of rank 0's GPU are of no use to a worker on another.
     """
-    if backend in ("nccl", "ipc") and (placement == "in_process" or not torch.cuda.is_available()):
-        where = "an engine in the trainer's process" if torch.cuda.is_available() else "a host without CUDA"
+    if backend in ("nccl", "ipc") and (placement == "in_process" or not cuda):
+        where = "an engine in the trainer's process" if cuda else "a host without CUDA"
         raise ValueError(f"weight_sync.backend={backend!r} does not work for {where}; use 'auto', 'shm' or 'gloo'")
+    if backend == "ipc" and (placement != "child" or num_workers > 1):
+        raise ValueError(
+            f"weight_sync.backend='ipc' needs an engine on rank 0's GPU; got rollout.placement={placement!r} with "
+            f"rollout.tensor_parallel_size={num_workers}; use 'auto' or 'shm'"
+        )
+    if backend == "nccl" and placement == "child":
+        raise ValueError(
+            "weight_sync.backend='nccl' needs GPUs that the trainer does not use, an engine in a child shares rank "
+            "0's; use 'auto', 'ipc' or 'shm', or rollout.placement='server'"
+        )
     if backend != "auto":
         return backend
-    if placement == "in_process" or not torch.cuda.is_available():
+    if placement == "in_process" or not cuda:
         return "shm"
-    return "ipc" if placement == "child" else "nccl"
+    if placement == "child":
+        return "ipc" if num_workers == 1 else "shm"
+    return "nccl"
 
 
 class VLLMEngine:
@@ -118,6 +140,7 @@ class VLLMEngine:
         self.max_model_len = max_model_len
         self._closed = False
         self._num_requests = 0
+        self._may_sleep, self._sleeps = rollout.sleep and torch.cuda.is_available(), False
         self._decode = load_decoder(model_path)
         isolation.prepare_environment(backend)
         arguments = engine_arguments(model_path, backend, dtype, max_model_len, rollout, seed, self._decode is not None)
@@ -141,6 +164,7 @@ class VLLMEngine:
                 f"stop strings {params.stop} need a tokenizer, the model folder has none; use stop_token_ids"
             )
         with self._dead_engine_explained("generation"), self._isolated():
+            self._wake()
             # What an earlier call left in the cache must not decide how this one is computed.
             self._reset_prefix_cache()
             outputs = self._run(prompts, params, seed)
@@ -148,7 +172,17 @@ class VLLMEngine:
 
     def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
         with self._dead_engine_explained(method), self._isolated():
+            self._wake()
             return self._llm.collective_rpc(method, kwargs=kwargs)
+
+    def sleep(self) -> None:
+        if not self._may_sleep or self._sleeps:
+            return
+        with self._dead_engine_explained("falling asleep"), self._isolated():
+            self._llm.sleep(
+                level=1
+            )  # weights to main memory: at level 2 they would be lost, and only a sync brings them
+        self._sleeps = True
 
     def reset_prefix_cache(self) -> None:
         with self._dead_engine_explained("cache reset"):
@@ -171,6 +205,11 @@ class VLLMEngine:
         with isolation.default_group_kept() if self.placement == "in_process" else nullcontext():
             self._llm.engine_core.shutdown()
         self._llm = None
+
+    def _wake(self) -> None:
+        if self._sleeps:
+            self._llm.wake_up()
+            self._sleeps = False
 
     def _isolated(self):
         return isolation.generators_kept() if self.placement == "in_process" else nullcontext()
