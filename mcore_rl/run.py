@@ -27,8 +27,9 @@ from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
+from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.rewards import load_reward
-from mcore_rl.rollout.vllm_engine import open_engine, resolve
+from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.scorers import check_scorer, load_scorer, scorer_training
 from mcore_rl.types import SamplingParams

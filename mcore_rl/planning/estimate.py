@@ -143,7 +143,7 @@ def estimate(
     """Plan a run on GPUs.
 
     Args:
-        placement, backend: of the engine and its weight transfer, as `rollout.vllm_engine.resolve` gives them.
+        placement, backend: of the engine and its weight transfer, as `rollout.placement.resolve` gives them.
 
     Raises:
         ValueError: a tensor of the model cannot be cut as the layout asks.

@@ -10,7 +10,7 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.advice import Change, advice
 from mcore_rl.planning.estimate import Estimate, Hardware, Models, estimate
 from mcore_rl.planning.parameters import model_parameters
-from mcore_rl.rollout.vllm_engine import resolve
+from mcore_rl.rollout.placement import resolve
 from mcore_rl.weights.families import is_scorer
 
 

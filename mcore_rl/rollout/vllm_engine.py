@@ -23,6 +23,7 @@ from mcore_rl.rollout.engine import (
     make_group,
     request_seeds,
 )
+from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.server_engine import ServerEngine
 from mcore_rl.rollout.vllm_arguments import engine_arguments, sampling_params
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
@@ -54,68 +55,6 @@ def open_engine(
     dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
     max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
     return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
-
-
-def resolve(
-    rollout: RolloutConfig, weight_sync: WeightSyncConfig, world_size: int, cuda: bool | None = None
-) -> tuple[str, str]:
-    """Where the engine is and how its weights get there: what "auto" stands for, without starting anything.
-
-    Args:
-        cuda: whether trainer and engine have GPUs; None: as this host.
-
-    Raises:
-        ValueError: placement, number of ranks, tensor parallelism, server address and backend do not fit together.
-    """
-    placement = rollout.placement
-    if placement == "auto":
-        placement = "in_process" if world_size == 1 and rollout.tensor_parallel_size == 1 else "child"
-    if placement == "in_process" and world_size > 1:
-        raise ValueError(
-            f"rollout.placement='in_process' needs one trainer rank, got {world_size}; use 'child' or 'auto'"
-        )
-    if placement == "in_process" and rollout.tensor_parallel_size > 1:
-        raise ValueError(
-            f"rollout.placement='in_process' needs rollout.tensor_parallel_size=1, got {rollout.tensor_parallel_size}; "
-            "use placement 'child' or 'server'"
-        )
-    if placement == "server" and not rollout.server_url:
-        raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
-    if placement == "server" and rollout.sleep:
-        raise ValueError(
-            "rollout.sleep=true is for an engine on the trainer's GPUs, a server has its own; set it to false"
-        )
-    cuda = torch.cuda.is_available() if cuda is None else cuda
-    return placement, resolve_backend(weight_sync.backend, placement, rollout.tensor_parallel_size, cuda)
-
-
-def resolve_backend(backend: str, placement: str, num_workers: int, cuda: bool) -> str:
-    """The weight-transfer backend that "auto" stands for.
-
-    Raises:
-        ValueError: the backend cannot work there. A process can neither open CUDA IPC handles of its own nor be two
-            ranks of an NCCL group on one GPU, and the handles of rank 0's GPU are of no use to a worker on another.
-    """
-    if backend in ("nccl", "ipc") and (placement == "in_process" or not cuda):
-        where = "an engine in the trainer's process" if cuda else "a host without CUDA"
-        raise ValueError(f"weight_sync.backend={backend!r} does not work for {where}; use 'auto', 'shm' or 'gloo'")
-    if backend == "ipc" and (placement != "child" or num_workers > 1):
-        raise ValueError(
-            f"weight_sync.backend='ipc' needs an engine on rank 0's GPU; got rollout.placement={placement!r} with "
-            f"rollout.tensor_parallel_size={num_workers}; use 'auto' or 'shm'"
-        )
-    if backend == "nccl" and placement == "child":
-        raise ValueError(
-            "weight_sync.backend='nccl' needs GPUs that the trainer does not use, an engine in a child shares rank "
-            "0's; use 'auto', 'ipc' or 'shm', or rollout.placement='server'"
-        )
-    if backend != "auto":
-        return backend
-    if placement == "in_process" or not cuda:
-        return "shm"
-    if placement == "child":
-        return "ipc" if num_workers == 1 else "shm"
-    return "nccl"
 
 
 class VLLMEngine:
