@@ -69,7 +69,7 @@ class Trajectory:
     text: str = ""  # the response, decoded without special tokens
     reward: float | None = None
     rule_reward: float | None = None  # where a model's score is the reward: the rule's, an audit, never trained on
-    expert_ids: Tensor | None = None  # [T-1, L, K], routing seen by the rollout engine
+    expert_ids: Tensor | None = field(default=None, compare=False)  # [T-1, L, K], routes the rollout engine took
 
     @property
     def num_tokens(self) -> int:

@@ -49,7 +49,7 @@ def rollout_dirs(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def rollout_engine(rollout_dirs):
-    """vLLM inside the test process, on the first of `rollout_dirs`; a test that changes its weights puts them back."""
+    """vLLM inside the test process, with routes, on the first of `rollout_dirs`; weights are put back after a test."""
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
     from mcore_rl.rollout.vllm_engine import open_engine
 
@@ -62,6 +62,7 @@ def rollout_engine(rollout_dirs):
         max_prompt_tokens=100,
         world_size=1,
         seed=0,
+        return_routes=True,
     )
     yield engine
     engine.close()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
@@ -61,7 +62,8 @@ class RolloutEngine(Protocol):
         """`params.n` responses for each prompt, in the order of `prompts`; rewards are None.
 
         The samples of prompt i depend on the weights, `seed`, i and the prompt only: the same call gives the same
-        samples (bit for bit in fp32), and two prompts with equal text get different ones.
+        samples (bit for bit in fp32), and two prompts with equal text get different ones. `expert_ids` are there where
+        the engine was opened with `return_routes`.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for a response; nothing was sampled.
@@ -136,6 +138,7 @@ class Sampled:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    expert_ids: Tensor | None = None  # [T-1, L, K]
 
 
 def make_group(
@@ -153,6 +156,7 @@ def make_group(
                 finish_reason=response.finish_reason,
                 policy_version=policy_version,
                 text=text,
+                expert_ids=response.expert_ids,
             )
             for response, text in zip(responses, texts, strict=True)
         ),

@@ -11,6 +11,8 @@ and on CPU also `--weight-transfer-config '{"backend": "shm"}'` (or gloo for ano
 
 from __future__ import annotations
 
+import base64
+import io
 import socket
 import sys
 import time
@@ -19,10 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import requests
 
 from mcore_rl.rollout.engine import RolloutError, Sampled, check_prompts, load_decoder, make_group, request_seeds
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
+from moe.adapters.vllm import RequestRoutes
 
 CONCURRENT_REQUESTS = 64
 GENERATE = "inference/v1/generate"  # token ids in, token ids and their log-probs out
@@ -42,7 +46,7 @@ class ServerEngine:
 
     placement = "server"
 
-    def __init__(self, url: str, model_path: str, timeout_s: float):
+    def __init__(self, url: str, model_path: str, timeout_s: float, return_routes: bool = False):
         self.policy_version = 0
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
@@ -53,7 +57,9 @@ class ServerEngine:
         self._session.mount("https://", adapter)
         self._wait_until_up()
         facts = self.call_workers("rollout_facts")[0]
-        check_facts(facts)
+        check_facts(facts, return_routes)
+        routes = facts["routes"]
+        self._routes = RequestRoutes(tuple(routes["layers"]), routes["num_experts"]) if return_routes else None
         self.max_model_len = facts["max_model_len"]
         self.weight_backend = facts["weight_transfer"]
         self.num_workers = facts["num_workers"]
@@ -144,6 +150,12 @@ class ServerEngine:
                 tuple(choice["token_ids"]),
                 tuple(at_token["logprob"] for at_token in choice["logprobs"]["content"]),
                 choice["finish_reason"],
+                self._routes
+                and self._routes.read(
+                    decode_array(choice["routed_experts"]),
+                    len(prompt.token_ids) + len(choice["token_ids"]),
+                    f"response {choice['index']} of {prompt.id!r}",
+                ),
             )
             for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
@@ -173,8 +185,18 @@ class _HttpSyncClient:
         self._engine.post("resume")
 
 
-def check_facts(facts: dict[str, Any]) -> None:
+def decode_array(text: str | None) -> np.ndarray | None:
+    """An array as vLLM's server writes it: the base64 of a .npy file."""
+    return None if text is None else np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+
+
+def check_facts(facts: dict[str, Any], return_routes: bool = False) -> None:
     """Raises ValueError naming the flag that the server was started without."""
+    if return_routes and not facts["routes"]["returned"]:
+        start = "a vLLM server on CPU cannot; use rollout.placement=child (or in_process), or set it to none or old"
+        if facts["device"] != "cpu":
+            start = "start it with --enable-return-routed-experts"
+        raise ValueError(f"moe.routing_replay=rollout needs routes, which the vLLM server does not return: {start}")
     if facts["weight_transfer"] is None:
         raise ValueError(
             """the vLLM server cannot take weights; start it with --weight-transfer-config '{"backend": "shm"}'"""

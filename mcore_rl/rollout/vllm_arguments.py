@@ -19,6 +19,7 @@ def engine_arguments(
     rollout: RolloutConfig,
     seed: int,
     has_tokenizer: bool,
+    return_routes: bool = False,
 ) -> dict[str, Any]:
     """vLLM's EngineArgs for one of our engines."""
     from vllm.config import WeightTransferConfig
@@ -35,6 +36,7 @@ def engine_arguments(
         logprobs_mode="processed_logprobs",
         worker_extension_cls=WORKER_EXTENSION,
         weight_transfer_config=WeightTransferConfig(backend=backend),
+        enable_return_routed_experts=return_routes,
         disable_log_stats=True,
         use_tqdm_on_load=False,
     )

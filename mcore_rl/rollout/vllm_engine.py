@@ -27,6 +27,7 @@ from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.server_engine import ServerEngine
 from mcore_rl.rollout.vllm_arguments import engine_arguments, sampling_params
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
+from moe.adapters.vllm import RequestRoutes
 
 
 def open_engine(
@@ -37,6 +38,7 @@ def open_engine(
     max_prompt_tokens: int,
     world_size: int,
     seed: int,
+    return_routes: bool = False,
 ) -> RolloutEngine:
     """Start (or, for placement "server", reach) the engine. Called on rank 0 after the process groups exist.
 
@@ -44,6 +46,7 @@ def open_engine(
         model_dtype: of the trainer; used where `rollout.dtype` is "auto".
         max_prompt_tokens: longest prompt; with `rollout.max_response_tokens` the default of `max_model_len`.
         world_size: trainer ranks.
+        return_routes: every trajectory comes with the routes of its tokens.
 
     Raises:
         ValueError: placement and number of ranks or server address do not fit, or the server is set up wrongly.
@@ -51,10 +54,10 @@ def open_engine(
     """
     placement, backend = resolve(rollout, weight_sync, world_size)
     if placement == "server":
-        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s)
+        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s, return_routes)
     dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
     max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
-    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed)
+    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes)
 
 
 class VLLMEngine:
@@ -71,6 +74,7 @@ class VLLMEngine:
         max_model_len: int,
         rollout: RolloutConfig,
         seed: int,
+        return_routes: bool,
     ):
         self.policy_version = 0
         self.placement = placement
@@ -82,11 +86,18 @@ class VLLMEngine:
         self._may_sleep, self._sleeps = rollout.sleep and torch.cuda.is_available(), False
         self._decode = load_decoder(model_path)
         isolation.prepare_environment(backend)
-        arguments = engine_arguments(model_path, backend, dtype, max_model_len, rollout, seed, self._decode is not None)
+        has_tokenizer = self._decode is not None
+        arguments = engine_arguments(
+            model_path, backend, dtype, max_model_len, rollout, seed, has_tokenizer, return_routes
+        )
         self._llm = _start(arguments, placement, rollout.startup_timeout_s)
         if placement == "child":
             threading.Thread(target=_fail_waiters, args=(self._llm.engine_core,), daemon=True).start()
         atexit.register(self.close)
+        self._routes = None
+        if return_routes:
+            facts = self.call_workers("rollout_facts")[0]["routes"]
+            self._routes = RequestRoutes(tuple(facts["layers"]), facts["num_experts"])
 
     @property
     def sync_client(self) -> _LocalSyncClient:
@@ -185,6 +196,10 @@ class VLLMEngine:
                 tuple(r.token_ids),
                 tuple(at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)),
                 r.finish_reason,
+                self._routes
+                and self._routes.read(
+                    r.routed_experts, len(prompt.token_ids) + len(r.token_ids), f"response {r.index} of {prompt.id!r}"
+                ),
             )
             for r in sorted(output.outputs, key=lambda response: response.index)
         ]
@@ -234,6 +249,9 @@ def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
         from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from mcore_rl.rollout.vllm_patches import allow_routes_on_cpu
+
+        allow_routes_on_cpu()
         if not child and model_parallel_is_initialized():
             raise ValueError(
                 "this process has an in-process engine already; close it first, or use rollout.placement='child'"

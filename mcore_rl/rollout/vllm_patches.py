@@ -22,6 +22,7 @@ def apply() -> None:
     repack_experts_on_reload()
     read_tied_head_live()
     count_ranks_without_compiler()
+    return_routes_on_cpu()
 
 
 def repack_experts_on_reload() -> None:
@@ -84,3 +85,56 @@ def count_ranks_without_compiler() -> None:
 
     compiled = sampler.batched_count_greater_than
     sampler.batched_count_greater_than = getattr(compiled, "_torchdynamo_orig_callable", compiled)
+
+
+def allow_routes_on_cpu() -> None:
+    """config/vllm.py:1146 refuses `enable_return_routed_experts` under the older model runner, the CPU's only one,
+    which `return_routes_on_cpu` repairs. Applied where an engine is configured, which is not always a worker.
+    """
+    from vllm.config import VllmConfig
+
+    def verify_aux_output_compatibility(self) -> None:
+        if self.aux_output_config.enabled and not self.cache_config.enable_prefix_caching:
+            raise ValueError("enable_return_routed_experts keeps routes by blocks of the prefix cache; turn that on")
+
+    if current_platform.is_cpu():
+        VllmConfig._verify_aux_output_compatibility = verify_aux_output_compatibility
+
+
+def return_routes_on_cpu() -> None:
+    """v1/worker/gpu_model_runner.py, which the CPU's runner derives from, never hands captured routes over; the newer
+    runner does in v1/worker/gpu/model_runner.py:1740 and :2181. `CpuRoutes` does it around the two halves of a step.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
+
+    from moe.adapters.vllm import CpuRoutes
+
+    if "execute_model" in vars(Runner):
+        return
+    original_execute, original_sample, original_shutdown = Runner.execute_model, Runner.sample_tokens, Runner.shutdown
+
+    @functools.wraps(original_execute)
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        if self.vllm_config.aux_output_config.enabled:
+            if not hasattr(self, "cpu_routes"):
+                self.cpu_routes = CpuRoutes(self)
+            self.cpu_routes.begin(scheduler_output)
+        return original_execute(self, scheduler_output, *args, **kwargs)
+
+    @functools.wraps(original_sample)
+    def sample_tokens(self, grammar_output):
+        routes = getattr(self, "cpu_routes", None)
+        if routes is None or self.execute_model_state is None:
+            return original_sample(self, grammar_output)
+        routes.computed()
+        output = original_sample(self, grammar_output)
+        routes.sampled(output)
+        return output
+
+    @functools.wraps(original_shutdown)
+    def shutdown(self):
+        if hasattr(self, "cpu_routes"):
+            self.cpu_routes.close()
+        original_shutdown(self)
+
+    Runner.execute_model, Runner.sample_tokens, Runner.shutdown = execute_model, sample_tokens, shutdown

@@ -30,6 +30,7 @@ from mcore_rl.rollout.weight_layout import (
     map_file,
     tensor_views,
 )
+from moe.adapters.vllm import route_facts
 
 
 class WorkerExtension:
@@ -46,6 +47,7 @@ class WorkerExtension:
             "device": self.device.type,
             "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
             "num_workers": config.parallel_config.world_size_across_dp,
+            "routes": route_facts(self.model_runner.model, config),
         }
 
     def metadata_problems(self, metadata: Metadata) -> list[str]:
