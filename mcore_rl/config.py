@@ -26,6 +26,7 @@ class ModelConfig(Section):
     spec: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TransformerEngine where it is installed
     moe_aux_loss_coef: float = Field(0.0, ge=0)  # load-balancing loss; 0 in RL, 0.01 is usual for SFT
     recompute: Literal["none", "selective", "full"] = "none"
+    freeze_router: bool = False  # router weights keep their values; gradients still flow through the gates
 
 
 class ParallelConfig(Section):
@@ -98,6 +99,11 @@ class ReferenceConfig(Section):
     max_logprob_diff: float = Field(0.0, ge=0)  # of policy and reference before the first step on pairs
 
 
+class MoeConfig(Section):
+    # Experts of the policy's forward passes: those it chooses, those it chose before the step (R2), the engine's (R3)
+    routing_replay: Literal["none", "old", "rollout"] = "none"
+
+
 class CriticConfig(Section):
     path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0
     lr: float = Field(1e-5, gt=0)  # everything else as `optimizer`
@@ -152,6 +158,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    moe: MoeConfig = MoeConfig()
     critic: CriticConfig = CriticConfig()
     data: DataConfig = DataConfig()
     reward: str | list[str] = (

@@ -19,6 +19,7 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutError
+from mcore_rl.routing import score_policy
 from mcore_rl.run import Run, evaluation_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 
@@ -91,7 +92,8 @@ def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics
     """Fill in what is known before the step: old and reference log-probs, values, and the advantages they lead to."""
     flat, metrics = [b for part in mini_batches for b in part], {}
     if run.plan.algorithm.needs_rollouts:
-        flat = filled(flat, "old_logprobs", [o.logprobs for o in forward_only(run.policy, flat)])
+        flat, outputs = score_policy(run.policy, flat, run.plan.config.moe.routing_replay)
+        flat = filled(flat, "old_logprobs", [o.logprobs for o in outputs])
         metrics = mismatch(run, flat)
     if run.reference_logprobs is not None:
         flat = filled(flat, "ref_logprobs", [run.reference_logprobs.of(b) for b in flat])

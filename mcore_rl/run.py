@@ -20,7 +20,7 @@ from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Policy, Scorer
-from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.model.optimizer import Training, build_training, freeze_routers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups, explain_timeouts
@@ -31,6 +31,7 @@ from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
+from mcore_rl.routing import check_routing, with_routers
 from mcore_rl.scorers import check_scorer, load_scorer, scorer_training
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
@@ -110,6 +111,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     longest = (task.max_prompt_tokens or room) + config.rollout.max_response_tokens
     for key, path, has_head in _scorers(config, algorithm):
         check_scorer(key, path, layout, tokenizer, positions=longest, has_head=has_head)
+    check_routing(config, algorithm, hf_config)
     errors = [str(f) for f in lint(config, algorithm) if f.level == "error"]
     if errors:
         raise ValueError("; ".join(errors))
@@ -213,7 +215,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             if config.resume:
                 where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
                 print(f"{config.name}: {where}", flush=True)
-        policy = _policy(plan, groups, training.chunks)
+        policy = with_routers(_policy(plan, groups, training.chunks), config)
         yield Run(
             plan=plan,
             groups=groups,
@@ -286,6 +288,8 @@ def load_reference(plan: Plan, groups: Groups) -> Policy:
 
 def _load_policy(plan: Plan, groups: Groups, path: str) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
+    if plan.config.model.freeze_router:
+        freeze_routers(chunks)
     load_hf(path, megatron_shards(chunks, plan.hf_config, groups))
     return chunks
 
@@ -312,6 +316,7 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
         or plan.hf_config.max_position_embeddings - config.rollout.max_response_tokens,
         world_size=plan.layout.world_size,
         seed=config.seed,
+        return_routes=config.moe.routing_replay == "rollout",
     )
 
 

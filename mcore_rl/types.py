@@ -121,7 +121,8 @@ class PackedBatch:
     ref_logprobs: Tensor | None = None  # [T]
     values: Tensor | None = None  # [T] of the critic before the step
     returns: Tensor | None = None  # [T]
-    expert_ids: Tensor | None = None  # [T, L, K]
+    rollout_expert_ids: Tensor | None = None  # [T, L, K], routes the rollout engine took
+    expert_ids: Tensor | None = None  # [T, L, K], routes the policy must take
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""

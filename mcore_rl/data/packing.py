@@ -7,7 +7,7 @@ agreed on by communication. Loss weights are fixed here, over the global mini-ba
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class Sample:
     advantage: float
     rollout_logprobs: tuple[float, ...]  # [num_response]
     group_length: float | None = None  # mean number of loss tokens of its group; None: it has no group
+    expert_ids: Tensor | None = field(default=None, compare=False)  # [n-1, L, K] of the rollout engine
 
     @property
     def positions(self) -> int:
@@ -49,6 +50,7 @@ def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sam
                 advantage=advantage,
                 rollout_logprobs=trajectory.rollout_logprobs,
                 group_length=sum(lengths) / max(1, len(lengths)),
+                expert_ids=trajectory.expert_ids,
             )
             samples.append(sample if algorithm.trains_on(trajectory) else _untrained(sample))
     return samples
@@ -157,7 +159,7 @@ def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
     missing = -total % multiple
     if missing == 0:
         return batch
-    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, ())], [0.0])
+    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=_filler_routes(batch, missing))], [0.0])
     joined = {
         f.name: torch.cat([getattr(batch, f.name), getattr(filler, f.name)])
         for f in fields(batch)
@@ -166,6 +168,12 @@ def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
     joined["segment_ids"][total:] += batch.cu_seqlens.numel() - 1
     joined["cu_seqlens"] = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing])
     return PackedBatch(**joined)
+
+
+def _filler_routes(batch: PackedBatch, count: int) -> Tensor | None:
+    """Possible routes for tokens that mean nothing, as spread over the experts as those of the batch."""
+    routes = batch.rollout_expert_ids
+    return None if routes is None else routes[torch.arange(count) % len(routes)]
 
 
 def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
@@ -191,4 +199,11 @@ def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
         advantages=spread([s.advantage for s in samples]),
         old_logprobs=torch.zeros(total),
         rollout_logprobs=rollout_logprobs,
+        rollout_expert_ids=_joined_routes(samples),
     )
+
+
+def _joined_routes(samples: Sequence[Sample]) -> Tensor | None:
+    routes = [s.expert_ids for s in samples if s.expert_ids is not None]
+    assert len(routes) in (0, len(samples)), "some sequences of a batch have routes, others none"
+    return torch.cat(routes) if routes else None

@@ -40,6 +40,13 @@ class Training:
         return float(grad_norm), lr
 
 
+def freeze_routers(chunks: Sequence[Module]) -> None:
+    """Take the router weights out of the training; to be called before the optimizer is built."""
+    for name, weight in (item for chunk in chunks for item in chunk.named_parameters()):
+        if name.endswith("mlp.router.weight"):
+            weight.requires_grad_(False)
+
+
 def build_training(
     chunks: Sequence[Module], optimizer: OptimizerConfig, parallel: ParallelConfig, total_steps: int
 ) -> Training:

@@ -22,6 +22,7 @@ def apply() -> None:
     repack_experts_on_reload()
     read_tied_head_live()
     count_ranks_without_compiler()
+    allow_routes_on_cpu()
     return_routes_on_cpu()
 
 
@@ -89,7 +90,8 @@ def count_ranks_without_compiler() -> None:
 
 def allow_routes_on_cpu() -> None:
     """config/vllm.py:1146 refuses `enable_return_routed_experts` under the older model runner, the CPU's only one,
-    which `return_routes_on_cpu` repairs. Applied where an engine is configured, which is not always a worker.
+    which `return_routes_on_cpu` repairs. Also applied where an engine is configured, which is not always a worker; a
+    child checks again after it has made its worker (v1/engine/core.py:1311).
     """
     from vllm.config import VllmConfig
 

@@ -1,0 +1,58 @@
+"""Routing replay in training: which experts the policy's forward passes take, and the old log-probs under them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch.cuda import is_available
+
+from mcore_rl.algorithms.base import Algorithm
+from mcore_rl.config import RunConfig
+from mcore_rl.model.forward import Policy, forward_only, forward_recorded, routers_of
+from mcore_rl.parallel.layout import EXPERT_FIELDS
+from mcore_rl.types import PackedBatch, PolicyOutput
+
+
+def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> None:
+    """Raises ValueError where the configuration asks a dense model, or an algorithm without rollouts, for routes."""
+    moe = any(getattr(hf_config, name, None) for name in EXPERT_FIELDS)
+    if config.model.freeze_router and not moe:
+        raise ValueError(f"model.freeze_router=true: {hf_config.model_type} has no experts; drop it")
+    mode = config.moe.routing_replay
+    if mode == "none":
+        return
+    if not moe:
+        raise ValueError(f"moe.routing_replay={mode!r}: {hf_config.model_type} has no experts; set it to none")
+    if not algorithm.needs_rollouts:
+        raise ValueError(
+            f"moe.routing_replay={mode!r}: algorithm.name={config.algorithm['name']!r} samples no rollouts, so no "
+            "policy before the step whose routes could be taken again; set it to none"
+        )
+    rollout = config.rollout
+    if mode == "rollout" and rollout.tensor_parallel_size > 1 and rollout.placement != "server" and not is_available():
+        raise ValueError(
+            f"moe.routing_replay='rollout' with rollout.tensor_parallel_size={rollout.tensor_parallel_size}: on a CPU "
+            "vLLM returns routes from engines of one worker only; set rollout.tensor_parallel_size=1"
+        )
+
+
+def with_routers(policy: Policy, config: RunConfig) -> Policy:
+    """The policy whose routes can be recorded and replayed, where the configuration asks for that."""
+    if config.moe.routing_replay == "none":
+        return policy
+    return replace(policy, routers=routers_of(policy.chunks, policy.groups))
+
+
+def score_policy(policy: Policy, batches: list[PackedBatch], mode: str) -> tuple[list[PackedBatch], list[PolicyOutput]]:
+    """What the policy says before its step, and the batches with the routes that every pass of the step takes.
+
+    Under "old" (R2 of arXiv:2512.01374) this pass chooses them, so at unchanged weights each ratio is exactly 1; under
+    "rollout" (R3, arXiv:2510.11370) they are the engine's, in this pass too.
+    """
+    if mode == "rollout":
+        batches = [replace(b, expert_ids=b.rollout_expert_ids) for b in batches]
+    if mode != "old":
+        return batches, forward_only(policy, batches)
+    outputs, recorded = forward_recorded(policy, batches)
+    return [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, recorded, strict=True)], outputs

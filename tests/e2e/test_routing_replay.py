@@ -1,0 +1,64 @@
+"""Whole runs under routing replay, with real Megatron and real vLLM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rollout_reference import save_character_tokenizer
+from runs import command, rows, tiny
+from safetensors.torch import load_file
+from tiny_models import save_tiny_hf
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A dense layer between the MoE layers, and expert widths that vLLM's bf16 kernels take."""
+    folder = save_tiny_hf(tmp_path_factory.mktemp("model"), mlp_only_layers=[1], moe_intermediate_size=64)
+    save_character_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """metrics.jsonl by step of two steps of GRPO, two optimizer steps each, for (mode, engine's dtype, settings)."""
+    done = {}
+
+    def started(mode: str, dtype: str = "float32", **settings):
+        key = (mode, dtype, *settings)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run")
+            sections = dict(moe={"routing_replay": mode}, batch={"mini_batches": 2, "micro_batch_tokens": 40})
+            config = tiny(folder, model, rollout={"dtype": dtype}, weight_sync={"max_logprob_diff": 3}, **sections)
+            code, _, errors = command(folder, "train", "config.yaml", *(f"{k}={v}" for k, v in settings.items()))
+            assert code == 0, errors
+            done[key] = rows(folder / "runs" / config["name"])
+            done[key]["folder"] = folder / "runs" / config["name"]
+        return done[key]
+
+    return started
+
+
+def test_the_three_modes_are_the_same_where_the_engines_routes_are_the_trainers(run):
+    """In fp32 all choose the same experts, so a route that went to the wrong token or layer shows in the mismatch."""
+    natural, old, rollout = run("none"), run("old"), run("rollout")
+    for mode in (natural, old, rollout):
+        assert mode[1]["mismatch/abs_max"] < 1e-5 and mode[2]["mismatch/abs_max"] < 1e-5
+    natural, old, rollout = natural[1], old[1], rollout[1]  # from the second step on, samples may differ
+    assert old["policy/loss"] == pytest.approx(rollout["policy/loss"], abs=1e-6)
+    assert old["optimizer/grad_norm_max"] == pytest.approx(rollout["optimizer/grad_norm_max"], rel=1e-4)
+    # without replay the second optimizer step sees new routes: only nearly the same update
+    assert old["optimizer/grad_norm_mean"] == pytest.approx(natural["optimizer/grad_norm_mean"], rel=0.1)
+
+
+def test_the_engines_routes_are_replayed_where_they_differ(run):
+    """bf16 engine, fp32 trainer: tokens that bf16 sends elsewhere differ most, and replay removes just that."""
+    free, replayed = run("none", "bfloat16")[1], run("rollout", "bfloat16")[1]
+    assert replayed["mismatch/k3"] < free["mismatch/k3"]
+
+
+def test_a_frozen_router_keeps_its_weights(run, model):
+    trained = load_file(run("none", **{"model.freeze_router": "true"})["folder"] / "hf" / "model.safetensors")
+    before = load_file(model / "model.safetensors")
+    changed = {name for name, weight in trained.items() if not torch.equal(weight, before[name])}
+    gates = {name for name in before if name.endswith("mlp.gate.weight")}
+    assert len(gates) == 3 and not gates & changed and changed >= {n for n in before if "expert" not in n} - gates

@@ -1,0 +1,73 @@
+"""Routing replay: what is refused before a run, and routes on their way into packed batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mcore_rl.algorithms import load
+from mcore_rl.config import parse_config
+from mcore_rl.data.packing import Sample, pack, pack_mini_batch, pad, samples_of
+from mcore_rl.routing import check_routing
+from mcore_rl.types import Prompt, RolloutGroup, Trajectory
+
+MOE = SimpleNamespace(num_experts=8, model_type="qwen3_moe")
+DENSE = SimpleNamespace(model_type="qwen3")
+
+
+def config(algorithm: str = "grpo", **sections):
+    return parse_config({"name": "x", "model": {"path": "x"}, "algorithm": {"name": algorithm}} | sections)
+
+
+def test_routing_replay_that_cannot_be_is_refused():
+    for mode in ("old", "rollout"):
+        replaying = config(moe={"routing_replay": mode})
+        check_routing(replaying, load("grpo"), MOE)
+        with pytest.raises(ValueError, match=f"moe.routing_replay='{mode}': qwen3 has no experts"):
+            check_routing(replaying, load("grpo"), DENSE)
+        with pytest.raises(ValueError, match="algorithm.name='dpo' samples no rollouts"):
+            check_routing(config("dpo", moe={"routing_replay": mode}), load("dpo"), MOE)
+    with pytest.raises(ValueError, match="model.freeze_router=true: qwen3 has no experts"):
+        check_routing(config(model={"path": "x", "freeze_router": True}), load("grpo"), DENSE)
+    with pytest.raises(ValueError, match="routing_replay='engine'.*'none', 'old' or 'rollout'"):
+        config(moe={"routing_replay": "engine"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU engine returns routes whatever its tensor parallelism")
+def test_an_engine_that_cannot_return_routes_is_refused():
+    replaying = config(moe={"routing_replay": "rollout"}, rollout={"tensor_parallel_size": 2, "placement": "child"})
+    with pytest.raises(ValueError, match="rollout.tensor_parallel_size=2: on a CPU"):
+        check_routing(replaying, load("grpo"), MOE)
+
+
+def routed(tokens: int, first: int) -> torch.Tensor:
+    """[tokens, 2, 2] over 8 experts: token t's layer l has experts first + t and first + t + l + 1."""
+    t, layer = torch.arange(tokens)[:, None], torch.arange(2)[None]
+    return torch.stack([(first + t + 0 * layer) % 8, (first + t + layer + 1) % 8], dim=-1).to(torch.uint8)
+
+
+def test_routes_follow_their_tokens_and_fill_the_padding():
+    samples = [
+        Sample((5, 6, 7, 1), 2, 0.5, (-0.1, -0.2), expert_ids=routed(3, 0)),
+        Sample((8, 9, 1), 1, -1.0, (-0.3,), expert_ids=routed(2, 5)),
+    ]
+    batch = pad(pack(samples, [0.25, 0.5]), 8)
+    assert batch.rollout_expert_ids.shape == (8, 2, 2) and batch.rollout_expert_ids.dtype == torch.uint8
+    assert torch.equal(batch.rollout_expert_ids[:3], routed(3, 0))
+    assert torch.equal(batch.rollout_expert_ids[3:5], routed(2, 5))
+    assert torch.equal(batch.rollout_expert_ids[5:], batch.rollout_expert_ids[:3])
+    assert batch.expert_ids is None  # nothing is replayed that was not asked for
+    with pytest.raises(AssertionError, match="others none"):
+        pack([samples[0], replace(samples[1], expert_ids=None)], [0.25, 0.5])
+
+
+def test_routes_survive_sampling_balancing_and_idle_ranks():
+    trajectory = Trajectory((1, 2), (3, 4), (-0.1, -0.2), "stop", 0, reward=1.0, expert_ids=routed(3, 1))
+    group = RolloutGroup(Prompt("0", (1, 2), "x"), (trajectory, replace(trajectory, reward=0.0)))
+    samples = samples_of([group], load("grpo"))
+    for rank in range(3):
+        (batch,) = pack_mini_batch(samples, load("grpo"), rank=rank, num_ranks=3, budget=10, max_response=8, multiple=4)
+        assert torch.equal(batch.rollout_expert_ids[:3], routed(3, 1)) and len(batch.rollout_expert_ids) == 4
