@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mcore_rl.config import ParallelConfig, RunConfig, dump_config, load_config
-from mcore_rl.launch import exit_code, tell
+from mcore_rl.launch import Nodes, exit_code, tell
 
 if TYPE_CHECKING:
     from mcore_rl.run import Plan
@@ -27,29 +27,34 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    nproc_per_node: Annotated[
-        int, typer.Option(min=1, help="trainer ranks on this machine, started through torchrun")
-    ] = 1,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="trainer ranks on this node, through torchrun")] = 1,
+    nnodes: Annotated[int, typer.Option(min=1, help="run this command on every one of them")] = 1,
+    rdzv_endpoint: Annotated[
+        str | None, typer.Option(help="HOST:PORT where the nodes meet; HOST is one of them")
+    ] = None,
+    node_rank: Annotated[int | None, typer.Option(help="0 on HOST; without it the nodes agree on an order")] = None,
     dry_run: Annotated[bool, typer.Option(help="print the resolved config and the layout, start nothing")] = False,
 ) -> None:
-    """Train a policy as CONFIG says. More than one node: torchrun -m mcore_rl.train CONFIG ... (see docs)."""
+    """Train a policy as CONFIG says; see docs/launch.md for several nodes."""
+    nodes = Nodes(nproc_per_node, nnodes, rdzv_endpoint, node_rank)
     asked = load_config(config, overrides or ())  # before the imports, which take seconds
     from mcore_rl.run import check_run_folder, make_plan
 
-    plan = make_plan(asked, nproc_per_node)
+    plan = make_plan(asked, nodes.world_size)
     if dry_run:
         print(dump_config(plan.config))
         print(plan.layout.table())
         return
     check_run_folder(plan.config)
-    if nproc_per_node == 1:
+    if nodes.world_size == 1:
         from mcore_rl.train import train as run
 
         run(plan.config)
         return
     sys.stdout.flush()
-    launch = [sys.executable, "-m", "mcore_rl.launch", str(nproc_per_node)]
-    os.execv(sys.executable, [*launch, str(config), *(overrides or ())])
+    options = nodes.torchrun_options(plan.config.name, plan.config.parallel.timeout_s)
+    command = [sys.executable, "-m", "mcore_rl.launch", *options, "--", str(config), *(overrides or ())]
+    os.execv(sys.executable, command)
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""Ranks of one machine through torchrun's agent, and how a run that fails says why.
+"""Ranks of one node or of many through torchrun's agent, one a node, and how a run that fails says why.
 
-python -m mcore_rl.launch NPROC_PER_NODE CONFIG.yaml key.sub=value ...
+python -m mcore_rl.launch TORCHRUN_OPTIONS -- CONFIG.yaml key.sub=value ...
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from dataclasses import dataclass
 
 
 def tell(error: BaseException) -> None:
@@ -44,23 +45,77 @@ def _is_in_words(error: BaseException) -> bool:
     return isinstance(error, RolloutError) or error.__cause__ is not None  # raised from a cause: already explained
 
 
+@dataclass(frozen=True)
+class Nodes:
+    """Where the ranks of a run are started; one such description a node.
+
+    Attributes:
+        endpoint: host:port where the nodes meet.
+        node_rank: of this node, from 0, which is the endpoint's. None: the nodes agree on an order among themselves.
+
+    Raises:
+        ValueError: several nodes and no endpoint, or a node rank outside of them.
+    """
+
+    nproc_per_node: int
+    nnodes: int = 1
+    endpoint: str | None = None
+    node_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        host, _, port = (self.endpoint or "").rpartition(":")
+        if self.nnodes > 1 and not (host and port.isdigit()):
+            raise ValueError(
+                f"--nnodes={self.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node; got {self.endpoint!r}"
+            )
+        if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(
+                f"--node-rank={self.node_rank} must be from 0 to {self.nnodes - 1} (--nnodes={self.nnodes})"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.nproc_per_node * self.nnodes
+
+    def torchrun_options(self, run_name: str, timeout_s: float) -> list[str]:
+        """For the agent of this node. No rank is started again: a run is continued by hand, with resume=true."""
+        options = [f"--nproc-per-node={self.nproc_per_node}", "--max-restarts=0"]
+        if self.nnodes == 1:
+            return [*options, "--standalone"]
+        options += [f"--nnodes={self.nnodes}", f"--rdzv-id={run_name}"]
+        if self.node_rank is None:
+            meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}"]
+            return [*options, *meeting, f"--rdzv-conf=join_timeout={timeout_s:.0f}"]
+        host, _, port = self.endpoint.rpartition(":")
+        return [*options, f"--node-rank={self.node_rank}", f"--master-addr={host}", f"--master-port={port}"]
+
+
 def main() -> None:
-    """Start the ranks, wait for them and end as the run did."""
+    """Start this node's ranks, wait for them and end as the run did."""
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    ranks, *arguments = sys.argv[1:]
+    divide = sys.argv.index("--")
+    options, arguments = sys.argv[1:divide], sys.argv[divide + 1 :]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say themselves what failed
     with tempfile.TemporaryDirectory(prefix="mcore_rl_launch_") as logs:
-        options = ["--standalone", f"--nproc-per-node={ranks}", f"--log-dir={logs}", "-m", "mcore_rl.train"]
         try:
-            run(parse_args([*options, *arguments]))
+            run(parse_args([*options, f"--log-dir={logs}", "-m", "mcore_rl.train", *arguments]))
         except ChildFailedError as error:
             raise SystemExit(_explain(error.failures)) from None
         except SignalException as error:
             print(f"error: stopped by {error.sigval.name}", file=sys.stderr)
             raise SystemExit(128 + error.sigval) from None
+        except (RendezvousError, DistError) as error:
+            print(
+                f"error: this node lost the others, or they did not come: {error or type(error).__name__}. Look at "
+                "their output first; examples/launch/multi_node.sh checks the nodes beforehand",
+                file=sys.stderr,
+            )
+            raise SystemExit(1) from None
 
 
 def _explain(failures: dict) -> int:

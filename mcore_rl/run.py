@@ -22,7 +22,7 @@ from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Policy, Scorer
 from mcore_rl.model.optimizer import Training, build_training, freeze_routers
 from mcore_rl.parallel import groups as process_groups
-from mcore_rl.parallel.collectives import on_rank_0
+from mcore_rl.parallel.collectives import on_rank_0, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.collect import Reward
@@ -185,6 +185,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
     with ExitStack() as stack, _failure_told_first(), explain_timeouts(config.parallel.timeout_s):
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
+        require_equal(groups, "the configuration", dump_config(config))
         chunks = _load_policy(plan, groups, config.model.path)
         in_loop = "reference" in plan.algorithm.needs and not precomputes_reference(plan)
         reference = load_reference(plan, groups) if in_loop else None

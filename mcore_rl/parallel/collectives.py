@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -58,6 +59,16 @@ def max_over_ranks(groups: Groups, value: float) -> float:
     """The largest of every rank's number; NaN if any is NaN."""
     values = gather_objects(groups, value)
     return max(values, key=lambda x: (math.isnan(x), x))
+
+
+def require_equal(groups: Groups, what: str, text: str) -> None:
+    """Raises ValueError on every rank where a text is not the same on all, with the first line that differs."""
+    texts = gather_objects(groups, text)
+    for rank, other in enumerate(texts):
+        if other != texts[0]:
+            pairs = zip_longest(texts[0].splitlines(), other.splitlines())
+            here, there = next((a, b) for a, b in pairs if a != b)
+            raise ValueError(f"{what} differs between ranks: {here!r} on rank 0, {there!r} on rank {rank}")
 
 
 def gather_objects(groups: Groups, value: T) -> list[T]:

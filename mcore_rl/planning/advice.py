@@ -9,7 +9,7 @@ from mcore_rl.config import RunConfig
 from mcore_rl.planning.estimate import Estimate, Hardware
 
 Plan = Callable[[RunConfig, int], Estimate]  # (configuration, ranks) -> its estimate; ValueError if it is invalid
-_LEAST_GAIN = 0.02  # of what is missing: a change that gives less is not worth its cost
+_LEAST_GAIN = 0.05  # of what is missing: a change that gives less is not worth its cost
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class Estimate:
         """Why it does not fit, one line each; empty where it does."""
         limit = self.hardware.gpu_bytes
         found = [
-            f"{place.name} needs {self.peak_bytes(place) / GIB:.1f} GB, a GPU has {limit / GIB:g}"
+            f"{place.name}: {self.peak_bytes(place) / GIB:.1f} GB are needed, a GPU has {limit / GIB:g}"
             for place in self.places
             if self.peak_bytes(place) > limit
         ]
@@ -157,7 +157,8 @@ def estimate(
     for stage in range(layout.pp):
         parameters, uses = _trainer(config, layout, models, stage, schedule)
         ranks = range(stage * layout.stage_size, (stage + 1) * layout.stage_size)
-        hosts = min(engine.gpus, len(ranks)) if stage == 0 else 0  # the engine's child takes the first GPUs
+        # The engine's child takes the first GPUs; rank 0 has the buffers of the transfer wherever the engine is.
+        hosts = min(max(engine.gpus, TRANSFER_BUFFERS[backend] > 0), len(ranks)) if stage == 0 else 0
         if hosts:
             beside = tuple(_beside_the_engine(engine, backend))
             places.append(Place(_name(layout, ranks[:hosts]), ranks[:hosts], parameters, uses + beside))
@@ -242,9 +243,10 @@ def _engine(config: RunConfig, models: Models, length: int, hardware: Hardware, 
 
 def _beside_the_engine(engine: Engine, backend: str) -> Iterator[Use]:
     """What a rank's GPU holds more where the engine is on it."""
-    yield Use("engine", "weights", engine.weights, "rollout")
-    yield Use("engine", "KV cache", max(0, engine.kv_cache), "rollout")
-    yield Use("engine", "workspace", ENGINE_WORKSPACE)
+    if engine.gpus:
+        yield Use("engine", "weights", engine.weights, "rollout")
+        yield Use("engine", "KV cache", max(0, engine.kv_cache), "rollout")
+        yield Use("engine", "workspace", ENGINE_WORKSPACE)
     yield Use("engine", "weight transfer", TRANSFER_BUFFERS[backend], "rollout")
 
 
