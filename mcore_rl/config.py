@@ -76,6 +76,7 @@ class RolloutConfig(Section):
     max_model_len: int | None = None  # None: longest prompt + max_response_tokens
     tensor_parallel_size: int = Field(1, ge=1)
     kv_cache_gb: float = Field(0.5, gt=0)  # CPU
+    return_routes: bool = False  # every response comes with its experts; moe.routing_replay=rollout does it anyway
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # GPU
     sleep: bool = False  # GPU: the engine gives its memory to the trainer while that works
     startup_timeout_s: float = Field(300, gt=0)
@@ -102,6 +103,12 @@ class ReferenceConfig(Section):
 class MoeConfig(Section):
     # Experts of the policy's forward passes: those it chooses, those it chose before the step (R2), the engine's (R3)
     routing_replay: Literal["none", "old", "rollout"] = "none"
+    log_every: int = Field(0, ge=0)  # training steps between statistics of the routers; 0: none
+    record_every: int = Field(0, ge=0)  # training steps between routes kept in the run's folder; 0: none
+
+    @property
+    def watches(self) -> bool:
+        return self.log_every > 0 or self.record_every > 0
 
 
 class CriticConfig(Section):

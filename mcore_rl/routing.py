@@ -15,31 +15,40 @@ from mcore_rl.types import PackedBatch, PolicyOutput
 
 
 def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> None:
-    """Raises ValueError where the configuration asks a dense model, or an algorithm without rollouts, for routes."""
-    moe = any(getattr(hf_config, name, None) for name in EXPERT_FIELDS)
-    if config.model.freeze_router and not moe:
-        raise ValueError(f"model.freeze_router=true: {hf_config.model_type} has no experts; drop it")
-    mode = config.moe.routing_replay
-    if mode == "none":
-        return
-    if not moe:
-        raise ValueError(f"moe.routing_replay={mode!r}: {hf_config.model_type} has no experts; set it to none")
-    if not algorithm.needs_rollouts:
+    """Raises ValueError where a dense model is asked for routes, an algorithm without rollouts for replay, or an engine
+    that cannot return routes for them."""
+    mode, rollout = config.moe.routing_replay, config.rollout
+    asked = {
+        f"moe.routing_replay={mode!r}": mode != "none",
+        f"moe.log_every={config.moe.log_every}": config.moe.log_every > 0,
+        f"moe.record_every={config.moe.record_every}": config.moe.record_every > 0,
+        "rollout.return_routes=true": rollout.return_routes,
+        "model.freeze_router=true": config.model.freeze_router,
+    }
+    if not any(getattr(hf_config, name, None) for name in EXPERT_FIELDS):
+        if settings := ", ".join(setting for setting, is_set in asked.items() if is_set):
+            raise ValueError(f"{settings}: {hf_config.model_type} has no experts; drop it")
+    if mode != "none" and not algorithm.needs_rollouts:
         raise ValueError(
             f"moe.routing_replay={mode!r}: algorithm.name={config.algorithm['name']!r} samples no rollouts, so no "
             "policy before the step whose routes could be taken again; set it to none"
         )
-    rollout = config.rollout
-    if mode == "rollout" and rollout.tensor_parallel_size > 1 and rollout.placement != "server" and not is_available():
+    one_worker = rollout.tensor_parallel_size == 1 or rollout.placement == "server" or is_available()
+    if returns_routes(config) and not one_worker:
         raise ValueError(
-            f"moe.routing_replay='rollout' with rollout.tensor_parallel_size={rollout.tensor_parallel_size}: on a CPU "
-            "vLLM returns routes from engines of one worker only; set rollout.tensor_parallel_size=1"
+            f"rollout.tensor_parallel_size={rollout.tensor_parallel_size}: on a CPU vLLM returns routes from engines "
+            "of one worker only, which moe.routing_replay=rollout and rollout.return_routes need; set it to 1"
         )
+
+
+def returns_routes(config: RunConfig) -> bool:
+    """Whether the rollout engine must say which experts it used."""
+    return config.rollout.return_routes or config.moe.routing_replay == "rollout"
 
 
 def with_routers(policy: Policy, config: RunConfig) -> Policy:
     """The policy whose routes can be recorded and replayed, where the configuration asks for that."""
-    if config.moe.routing_replay == "none":
+    if config.moe.routing_replay == "none" and not config.moe.watches:
         return policy
     return replace(policy, routers=routers_of(policy.chunks, policy.groups))
 

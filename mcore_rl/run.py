@@ -31,7 +31,7 @@ from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
-from mcore_rl.routing import check_routing, with_routers
+from mcore_rl.routing import check_routing, returns_routes, with_routers
 from mcore_rl.scorers import check_scorer, load_scorer, scorer_training
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
@@ -317,7 +317,7 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
         or plan.hf_config.max_position_embeddings - config.rollout.max_response_tokens,
         world_size=plan.layout.world_size,
         seed=config.seed,
-        return_routes=config.moe.routing_replay == "rollout",
+        return_routes=returns_routes(config),
     )
 
 

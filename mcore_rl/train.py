@@ -28,6 +28,7 @@ from mcore_rl.phases import (
 )
 from mcore_rl.reference import with_reference
 from mcore_rl.report import write_report
+from mcore_rl.router_watch import router_metrics, watch_routers
 from mcore_rl.run import Run, check_run_folder, make_plan, on_rank_0_only, open_run, world_size
 from mcore_rl.weights.sync import export_hf
 
@@ -53,9 +54,13 @@ def train(config: RunConfig) -> Path:
                     mini_batches = pack(run, samples, done.step, config.batch.mini_batches, unit)
                 with timers("score"):
                     mini_batches, scored = score_old(run, mini_batches)
+                with timers("moe"):
+                    watched = watch_routers(run, mini_batches, done.step)
                 with timers("update"):
                     updated = update(run, mini_batches, done.step)
-                metrics = {**collected, **scored, **updated}
+                with timers("moe"):
+                    routed = router_metrics(run, watched, done.step)
+                metrics = {**collected, **scored, **updated, **routed}
                 run = adapt_kl(run, metrics, len(samples))
                 done = done.after_step(run.plan.algorithm.kl_coef)
                 if rl or due(config, config.evaluate.every, done.step):

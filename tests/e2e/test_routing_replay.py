@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from rollout_reference import save_character_tokenizer
 from runs import command, rows, tiny
 from safetensors.torch import load_file
 from tiny_models import save_tiny_hf
+
+from moe.trace import RoutingTrace
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,8 @@ def run(model, tmp_path_factory):
             folder = tmp_path_factory.mktemp("run")
             sections = dict(moe={"routing_replay": mode}, batch={"mini_batches": 2, "micro_batch_tokens": 40})
             config = tiny(folder, model, rollout={"dtype": dtype}, weight_sync={"max_logprob_diff": 3}, **sections)
-            code, _, errors = command(folder, "train", "config.yaml", *(f"{k}={v}" for k, v in settings.items()))
+            arguments = [f"{k}={v}" for k, v in settings.items()]
+            code, _, errors = command(folder, "train", "config.yaml", *arguments)
             assert code == 0, errors
             done[key] = rows(folder / "runs" / config["name"])
             done[key]["folder"] = folder / "runs" / config["name"]
@@ -54,6 +59,28 @@ def test_the_engines_routes_are_replayed_where_they_differ(run):
     """bf16 engine, fp32 trainer: tokens that bf16 sends elsewhere differ most, and replay removes just that."""
     free, replayed = run("none", "bfloat16")[1], run("rollout", "bfloat16")[1]
     assert replayed["mismatch/k3"] < free["mismatch/k3"]
+
+
+def test_routers_are_watched(run):
+    """The fp32 engine takes the trainer's routes; one step moves some; what is kept can be read."""
+    settings = {"moe.log_every": 1, "moe.record_every": 2, "rollout.return_routes": "true"}
+    watched = run("none", **settings)
+    for step in (1, 2):
+        assert watched[step]["mismatch/flip_any"] == 0
+        assert 0 < watched[step]["moe/flip_expert"] <= watched[step]["moe/flip_any"] <= 1
+        assert watched[step]["moe/chi"] > 0 and 0 < watched[step]["moe/share_routing"] < 1
+        assert watched[step]["moe/layer_02/flip_set"] >= 0 and "moe/layer_03/flip_set" not in watched[step]
+        assert 0 < watched[step]["moe/router_entropy"] < math.log(8)
+    for name, value in run("none")[1].items():  # watching changes nothing
+        if name.startswith(("policy/", "optimizer/", "reward/")):
+            assert watched[1][name] == value
+    folder = watched["folder"] / "routes"
+    before, after = (
+        RoutingTrace.load(folder / f"step_000002.rank_0.{when}.safetensors") for when in ("before", "after")
+    )
+    tokens = load_file(folder / "step_000002.rank_0.tokens.safetensors")
+    assert before.expert_ids.shape == after.expert_ids.shape == (len(tokens["token_ids"]), 3, 2)
+    assert not torch.equal(before.expert_ids, after.expert_ids) and len(list(folder.iterdir())) == 3
 
 
 def test_a_frozen_router_keeps_its_weights(run, model):

@@ -30,8 +30,9 @@ def test_routing_replay_that_cannot_be_is_refused():
             check_routing(replaying, load("grpo"), DENSE)
         with pytest.raises(ValueError, match="algorithm.name='dpo' samples no rollouts"):
             check_routing(config("dpo", moe={"routing_replay": mode}), load("dpo"), MOE)
-    with pytest.raises(ValueError, match="model.freeze_router=true: qwen3 has no experts"):
-        check_routing(config(model={"path": "x", "freeze_router": True}), load("grpo"), DENSE)
+    watched = config(moe={"log_every": 5}, model={"path": "x", "freeze_router": True})
+    with pytest.raises(ValueError, match="moe.log_every=5, model.freeze_router=true: qwen3 has no experts"):
+        check_routing(watched, load("grpo"), DENSE)
     with pytest.raises(ValueError, match="routing_replay='engine'.*'none', 'old' or 'rollout'"):
         config(moe={"routing_replay": "engine"})
 
