@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from vllm.distributed.weight_transfer import base
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
@@ -144,6 +144,34 @@ class IpcClient:
         self._update_weights(update_info | {"ipc_handles": None, "ipc_handles_pickled": handles})
 
 
+class Rank0IpcEngine(IPCTrainerWeightTransferEngine):
+    """vLLM's engine has every rank share tensors of its own with a worker on its own GPU. Here only rank 0 has the full
+    tensors, and the one worker is on its GPU: the others only take part in gathering them.
+
+    Packed, so that rank 0 holds one buffer more and not a second model; the buffer takes the largest tensor.
+    """
+
+    @classmethod
+    def trainer_init(cls, init_info, *, client, source=None):
+        sizes = [meta.dtype.itemsize * torch.Size(meta.shape).numel() for meta in source.metadata()]
+        init_info.packed_buffer_size_bytes = max(init_info.packed_buffer_size_bytes, *sizes)
+        return super().trainer_init(init_info, client=client, source=source)
+
+    def send_weights(self) -> None:
+        if self.is_sender:
+            super().send_weights()
+        else:
+            for _ in self.source:
+                pass
+
+    def _all_gather_and_merge_handles(self, handles: list[dict[str, tuple]]) -> list[dict[str, tuple]]:
+        return handles
+
+    @staticmethod
+    def _post_send_sync() -> None:
+        torch.cuda.ipc_collect()
+
+
 def open_trainer_side(
     terms: dict[str, Any], ranks: Ranks, client: base.VLLMWeightSyncClient | None, source: ExporterSource
 ) -> base.TrainerWeightTransferEngine:
@@ -157,7 +185,8 @@ def open_trainer_side(
     elif backend == "nccl":
         info = NCCLTrainerInitInfo(terms["host"], get_open_port(), 1 + terms["num_workers"], rank=rank)
     elif backend == "ipc":
-        info, client = IPCTrainerInitInfo(rank=rank), client and IpcClient(client)
+        info = IPCTrainerInitInfo(rank=rank, packed=True)
+        return Rank0IpcEngine.trainer_init(info, client=client and IpcClient(client), source=source)
     else:
         raise ValueError(f"the rollout engine was started with weight transfer {backend!r}; use shm, gloo, nccl or ipc")
     return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)

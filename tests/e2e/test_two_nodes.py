@@ -12,7 +12,8 @@ import pytest
 from runs import ROOT, Started, assert_nothing_left, rows, tiny, wait_until
 
 MEASURED = ("time/", "memory/", "weight_sync/seconds", "tokens_per_s")
-SECTIONS = {"parallel": {"ep": 2, "timeout_s": 60}, "checkpoint": {"export_hf": False}}
+# sleep: nothing happens on a CPU, but every rank takes part
+SECTIONS = {"rollout": {"sleep": True}, "parallel": {"ep": 2, "timeout_s": 60}, "checkpoint": {"export_hf": False}}
 
 
 class Node:
