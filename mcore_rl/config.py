@@ -71,7 +71,7 @@ class RolloutConfig(Section):
     stop: list[str] = []
     stop_token_ids: list[int] = []
     placement: Literal["auto", "in_process", "child", "server"] = "auto"  # auto: in_process for one rank, else child
-    server_url: str | None = None  # placement=server: http://host:port
+    server_url: str | list[str] | None = None  # placement=server: http://host:port, of one or several
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: model.dtype
     max_model_len: int | None = None  # None: longest prompt + max_response_tokens
     tensor_parallel_size: int = Field(1, ge=1)

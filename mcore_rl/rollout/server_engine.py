@@ -72,7 +72,12 @@ class ServerEngine:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[RolloutGroup]:
         check_prompts(prompts, self.max_model_len)
-        seeds = request_seeds(seed, len(prompts), params.n)
+        return self.sample_groups(prompts, params, request_seeds(seed, len(prompts), params.n))
+
+    def sample_groups(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        """As `generate`, of checked prompts with a seed each."""
         with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
             answers = list(pool.map(lambda prompt, s: self._sample(prompt, params, s), prompts, seeds))
         return [self._group(prompt, answer["choices"]) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -25,6 +25,7 @@ from mcore_rl.rollout.engine import (
 )
 from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.server_engine import ServerEngine
+from mcore_rl.rollout.server_group import ServerGroup
 from mcore_rl.rollout.vllm_arguments import engine_arguments, sampling_params
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 from moe.adapters.vllm import RequestRoutes
@@ -54,7 +55,9 @@ def open_engine(
     """
     placement, backend = resolve(rollout, weight_sync, world_size)
     if placement == "server":
-        return ServerEngine(rollout.server_url, model_path, rollout.startup_timeout_s, return_routes)
+        urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
+        servers = [ServerEngine(url, model_path, rollout.startup_timeout_s, return_routes) for url in urls]
+        return servers[0] if len(servers) == 1 else ServerGroup(servers)
     dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
     max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
     return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes)

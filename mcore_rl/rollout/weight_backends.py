@@ -106,7 +106,8 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
             init_info.host, 0, is_master=True, wait_for_workers=False, timeout=GLOO_TIMEOUT
         )
         size = 1 + init_info.num_workers
-        info = {"metadata": metadata, "host": init_info.host, "port": store.port, "world_size": size}
+        meeting = {"host": init_info.host, "port": store.port, "world_size": size, "rank_offset": 1}
+        info = {"metadata": metadata, **meeting}
         with _beside(lambda: client.init_weight_transfer_engine(info)):
             engine.group = torch.distributed.ProcessGroupGloo(store, 0, size, GLOO_TIMEOUT)
         return engine

@@ -89,7 +89,8 @@ def connect(engine: RolloutEngine | None, exporter: Exporter, config: WeightSync
 def _terms(engine: RolloutEngine, source: ExporterSource, config: WeightSyncConfig, memory: int) -> dict[str, Any]:
     """What rank 0 decides and every rank must know."""
     metadata = source.plain_metadata()
-    problems = engine.call_workers("metadata_problems", metadata=metadata)[0]
+    found = engine.call_workers("metadata_problems", metadata=metadata)
+    problems = next((of_worker for of_worker in found if of_worker), [])
     if problems:
         raise ValueError(
             f"the trainer's weights do not fit the rollout engine's checkpoint in {len(problems)} tensors: "

@@ -82,13 +82,14 @@ def compare_with_checkpoint(metadata: Metadata, model_path: str) -> list[str]:
 
 @dataclass
 class CopyInitInfo(base.WeightTransferInitInfo):
-    """Where the copy comes from: `path` of the shared memory, or the broadcast group's host, port and size."""
+    """Where the copy comes from: `path` of the shared memory, or the broadcast group."""
 
     metadata: Metadata
     path: str = ""
     host: str = ""
     port: int = 0
     world_size: int = 0
+    rank_offset: int = 1  # of this engine's first worker in that group
 
 
 @dataclass
@@ -139,7 +140,7 @@ class GlooEngine(FullCopyEngine):
 
     def init_transfer_engine(self, init_info: CopyInitInfo) -> None:
         parallel = self.parallel_config
-        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
         store = torch.distributed.TCPStore(init_info.host, init_info.port, timeout=GLOO_TIMEOUT)
         self.group = torch.distributed.ProcessGroupGloo(store, rank, init_info.world_size, GLOO_TIMEOUT)
         self.buffer = torch.empty(layout_bytes(init_info.metadata), dtype=torch.uint8)

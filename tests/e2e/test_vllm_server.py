@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 
 
-def start_server(model: Path, log: Path) -> tuple[subprocess.Popen, str]:
+def start_server(model: Path, log: Path, backend: str = "shm") -> tuple[subprocess.Popen, str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     flags = """--host 127.0.0.1 --dtype float32 --max-model-len 200 --max-num-batched-tokens 2048 --enforce-eager
@@ -37,7 +37,7 @@ def start_server(model: Path, log: Path) -> tuple[subprocess.Popen, str]:
         "PYTHONPATH": str(REPOSITORY),
     }
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command = [*module, *flags.split(), "--weight-transfer-config", '{"backend": "shm"}']
+    command = [*module, *flags.split(), "--weight-transfer-config", f'{{"backend": "{backend}"}}']
     with log.open("w") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
     return process, f"http://127.0.0.1:{port}"
@@ -54,7 +54,7 @@ def stop_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def open_on(url: str, model: Path, startup_timeout_s: float = 60):
+def open_on(url: str | list[str], model: Path, startup_timeout_s: float = 60):
     rollout = RolloutConfig(placement="server", server_url=url, startup_timeout_s=startup_timeout_s)
     return open_engine(rollout, WeightSyncConfig(), str(model), "float32", 100, 1, 0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mcore_rl.config import RolloutConfig, WeightSyncConfig
+from mcore_rl.config import RolloutConfig, WeightSyncConfig, load_config
 from mcore_rl.rollout.placement import resolve
 
 URL = "http://host:8000"
@@ -26,11 +26,20 @@ def test_auto(rollout, world, cuda, expected):
     assert resolve(RolloutConfig(**rollout), WeightSyncConfig(), world, cuda) == expected
 
 
+def test_several_servers_on_the_command_line(tmp_path):
+    (tmp_path / "run.yaml").write_text("name: run\nmodel: {path: .}\n")
+    config = load_config(tmp_path / "run.yaml", ["rollout.server_url=[http://a:8000,http://b:8000]"])
+    assert config.rollout.server_url == ["http://a:8000", "http://b:8000"]
+    with pytest.raises(ValueError, match="rollout.server_url"):
+        load_config(tmp_path / "run.yaml", ["rollout.server_url=3"])
+
+
 @pytest.mark.parametrize(
     ("rollout", "backend", "world", "cuda", "words"),
     [
         ({"placement": "in_process"}, "auto", 2, False, "needs one trainer rank, got 2"),
         ({"placement": "server"}, "auto", 1, False, "needs rollout.server_url"),
+        ({"placement": "server", "server_url": []}, "auto", 1, False, "needs rollout.server_url"),
         ({"placement": "server", "server_url": URL, "sleep": True}, "auto", 1, True, "a server has its own"),
         ({}, "nccl", 2, False, "does not work for a host without CUDA"),
         ({}, "ipc", 1, True, "does not work for an engine in the trainer's process"),
