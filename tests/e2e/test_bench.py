@@ -17,6 +17,7 @@ SMALL = {
     "rollout": ["--prompts", "4", "--prompt-tokens", "8", "--response-tokens", "8"],
     "train_step": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16"],
     "weight_sync": [],
+    "routing": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16"],
 }
 
 
@@ -61,6 +62,12 @@ def test_weight_sync():
     assert result["equal"]["logprob_max_diff"] <= 1e-5
     assert 0 < result["equal"]["trainer_logprob_max_diff"] <= 1e-4
     assert result["equal"]["updates_without_effect"] == 0
+
+
+def test_routing():
+    result = result_of("routing")
+    assert set(result["ratios"]) == {f"{name} / none" for name in ("old", "rollout", "watch one micro-batch")}
+    assert result["equal"]["grad_max_diff"] == 0 and result["work"]["bytes_per_token"] == 4
 
 
 def test_a_folder_that_is_no_model_is_refused():

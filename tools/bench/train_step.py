@@ -83,7 +83,7 @@ def measure(
     groups = process_groups.init(ParallelLayout(), timeout_s=60, seed=seed)
     try:
         hf = load_hf_model(folder, EXPERTS[0])
-        samples = _samples(num_sequences, prompt_tokens, response_tokens, hf.config.vocab_size, seed)
+        samples = random_samples(num_sequences, prompt_tokens, response_tokens, hf.config.vocab_size, seed)
         samples = _with_old_logprobs(hf, samples, seed)
         ours, rival = _ours(folder, groups, samples, response_tokens), _rival(hf, samples)
         equal = check_equal(_differences(ours, rival))
@@ -104,7 +104,7 @@ def measure(
     }
 
 
-def _samples(count: int, prompt_tokens: int, response_tokens: int, vocab_size: int, seed: int) -> list[Sample]:
+def random_samples(count: int, prompt_tokens: int, response_tokens: int, vocab_size: int, seed: int) -> list[Sample]:
     """Random tokens and advantages; response lengths uniform between a quarter and the whole of `response_tokens`.
 
     Advantages of mean 1 keep the loss away from 0, where a relative difference says nothing.
