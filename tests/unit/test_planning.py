@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from runs import command
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, parse_config
+from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, load_config, parse_config
 from mcore_rl.model.build import transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.estimate import RESERVE, Hardware
@@ -232,6 +233,15 @@ def test_advice_is_tried_and_fits(folder):
     assert changes[-1].missing_bytes == 0 and not planned(folder)[0].problems
     hopeless, changes = planned(folder, world=4, hardware=Hardware(gpu_memory_gb=8), parallel={"ep": 1})
     assert hopeless.problems and (not changes or changes[-1].missing_bytes < hopeless.excess_bytes)
+
+
+@pytest.mark.parametrize(("name", "world", "fits"), [("grpo", 16, True), ("ppo", 16, False), ("ppo", 32, True)])
+def test_what_the_examples_say_of_themselves(folder, name, world, fits):
+    """examples/qwen3_30b_a3b/README.md: two nodes for all but PPO and GAPO, which need four."""
+    path = Path(__file__).parents[2] / "examples" / "qwen3_30b_a3b" / f"{name}.yaml"
+    config = load_config(path, [f"model.path={folder / 'model'}"])
+    estimate, changes = plan_run(config, world, Hardware())
+    assert (not estimate.problems) == fits and bool(changes) != fits
 
 
 def test_command(folder):
