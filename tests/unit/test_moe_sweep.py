@@ -15,7 +15,6 @@ from moe.probe import Probe, probe_of_rollouts, read_rows, sampled_probe
 from moe.stats import mean_of
 from moe.sweep import crossing, interpolate, slope, sweep
 
-
 ALPHAS = (1.0, 0.4, 0.3, 0.2, 0.15, 0.03)
 
 
