@@ -64,10 +64,13 @@ def _teaches_alone(algorithm: Algorithm) -> bool:
 
 
 def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    found = []
+    if config.batch.mini_batches * config.batch.epochs == 1 and config.moe.routing_replay == "old":
+        message = "one optimizer step a rollout takes the routes from before the step anyway; none is the same"
+        found.append(Finding("warning", "moe.routing_replay", message))
     high = getattr(algorithm, "clip_high", None)
     if high is None:
-        return []
-    found = []
+        return found
     if isinstance(algorithm, GSPO):
         if high >= 0.1:
             message = f"{high:g} is the clip of a token ratio; a mean over n tokens moves about sqrt(n) less"

@@ -186,6 +186,11 @@ class _Tap:
             values, ids = choose(scores, topk, num_groups, group_topk)
         else:
             ids = passage.replayed[self.layer]
+            if len(ids) != len(scores):  # a gather of fewer rows than tokens would not complain
+                raise ValueError(
+                    f"MoE layer {self.layer}: routes of {len(ids)} tokens for {len(scores)} on this rank; replay the "
+                    "routes of this very micro-batch, padding included"
+                )
             values = scores.gather(1, ids)
         found = {"expert_ids": ids}
         if passage.statistics:

@@ -21,6 +21,7 @@ GSPO, GRPO, PPO, GAPO, SFT = ({"name": name} for name in ("gspo", "grpo", "ppo",
 REWARD_MODEL = {"reward_model": {"path": "r"}}
 ALONE, ALL_WARMUP = {"rollout": {"group_size": 1}}, {"critic": {"warmup_steps": 100}}
 AUX = {"model": {"path": "m", "moe_aux_loss_coef": 0.01}}
+ONE_STEP, R2 = {"batch": {"mini_batches": 1}}, {"moe": {"routing_replay": "old"}}
 BF16_ENGINE = {"rollout": {"dtype": "bfloat16"}} | QUIET
 MASK = GRPO | {"correction": "mask_seq_geo"}
 DAPO = {"name": "dapo", "overlong_cache": 64}
@@ -54,6 +55,7 @@ DAPO = {"name": "dapo", "overlong_cache": 64}
             (GRPO, {"batch": {"mini_batches": 1}}),
             (GRPO, {"batch": {"mini_batches": 1, "epochs": 2}}),
         ),
+        ("warning", "moe.routing_replay", (GRPO, ONE_STEP | R2), (GRPO, R2)),
         ("warning", "rollout.top_p", (GRPO, {"rollout": {"top_p": 0.9}}), (GRPO, {})),
         ("warning", "rollout.top_k", (GRPO, {"rollout": {"top_k": 20}}), (GRPO, {})),
         ("warning", "rollout.dtype", (GRPO, BF16_ENGINE), (GRPO, {"model": BF16} | BF16_ENGINE)),
