@@ -198,10 +198,13 @@ def decode_array(text: str | None) -> np.ndarray | None:
 def check_facts(facts: dict[str, Any], return_routes: bool = False) -> None:
     """Raises ValueError naming the flag that the server was started without."""
     if return_routes and not facts["routes"]["returned"]:
-        start = "a vLLM server on CPU cannot; use rollout.placement=child (or in_process), or set it to none or old"
+        fix = "a server on CPU cannot; use rollout.placement=child or in_process"
         if facts["device"] != "cpu":
-            start = "start it with --enable-return-routed-experts"
-        raise ValueError(f"moe.routing_replay=rollout needs routes, which the vLLM server does not return: {start}")
+            fix = "start it with --enable-return-routed-experts"
+        raise ValueError(
+            "moe.routing_replay=rollout and rollout.return_routes=true need routes, which the vLLM server does not "
+            f"return: {fix}"
+        )
     if facts["weight_transfer"] is None:
         raise ValueError(
             """the vLLM server cannot take weights; start it with --weight-transfer-config '{"backend": "shm"}'"""

@@ -4,6 +4,9 @@ several responses of one prompt, blocks out of the prefix cache, preempted reque
 
 from __future__ import annotations
 
+import base64
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompt
 from tiny_models import save_tiny_hf
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
+from mcore_rl.rollout.server_engine import check_facts, decode_array
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import connect
 from mcore_rl.types import SamplingParams
@@ -76,6 +80,19 @@ def test_a_child_with_too_little_cache_and_a_dense_layer(tmp_path):
         engine.close()
     assert groups[0].trajectories[0].expert_ids.shape[1:] == (3, 2)
     assert differences(load_hf(source), groups)[0] == 0
+
+
+def test_routes_of_a_server():
+    """Read as its responses are encoded (vllm/utils/serial_utils.py:67); asked for where it returns none."""
+    routes = np.arange(12, dtype=np.uint16).reshape(3, 2, 2)
+    buffer = io.BytesIO()
+    np.save(buffer, routes, allow_pickle=False)
+    assert (decode_array(base64.b64encode(buffer.getbuffer()).decode("ascii")) == routes).all()
+    facts = {"routes": {"returned": False}, "device": "cuda"}
+    with pytest.raises(ValueError, match="does not return: start it with --enable-return-routed-experts"):
+        check_facts(facts, return_routes=True)
+    with pytest.raises(ValueError, match="a server on CPU cannot; use rollout.placement=child or in_process"):
+        check_facts(facts | {"device": "cpu"}, return_routes=True)
 
 
 def test_corrupted_routes_are_refused():
