@@ -17,7 +17,7 @@ LONG_GENERATION = {"rollout": {"group_size": 32, "max_response_tokens": 400}, "s
 
 MISTAKES = {
     "model.path=nowhere": ["model.path='nowhere' does not exist", "Hugging Face folder"],
-    "model.path=llama": ["LlamaForCausalLM", "supported: Qwen3MoeForCausalLM"],
+    "model.path=bert": ["BertForMaskedLM", "supported: Qwen3MoeForCausalLM"],
     "model.path=lacking": ["lacks tensors", "model.layers.0.mlp.experts.0.gate_proj.weight"],
     "parallel.ep=2": ["parallel.ep*etp=2*1 must divide", "tp*cp*dp=1*1*1=1", "start more ranks"],
     "parallel.ep=2 parallel.pp=3 --nproc-per-node=2": [
@@ -64,8 +64,8 @@ def mistakes(tmp_path_factory, model):
     )
     config = (folder / "config.yaml").read_text().replace("n: 6", "")
     (folder / "config.yaml").write_text(config)
-    (folder / "llama").mkdir()
-    (folder / "llama" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "bert").mkdir()
+    (folder / "bert" / "config.json").write_text('{"architectures": ["BertForMaskedLM"], "model_type": "bert"}')
     shutil.copytree(model, folder / "lacking")
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.0.mlp.experts.0.gate_proj.weight"]
