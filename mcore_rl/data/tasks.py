@@ -41,7 +41,7 @@ def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: in
     """
     limit = min((n for n in (data.max_prompt_tokens, max_model_tokens) if n is not None), default=None)
     if data.task == "digit_sort":
-        return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n"}, data.task))
+        return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n", "min_n"}, data.task))
     if data.task == "file":
         return FileTask(
             data, tokenizer, seed, limit, **_checked(data.params, {"response_key", "answer_after"}, data.task)
@@ -56,7 +56,7 @@ def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: in
 
 
 class DigitSort(Task):
-    """Sort `n` digits: prompt `6104=`, response `#0146`.
+    """Sort `n` digits, or from `min_n` to `n` of them: prompt `6104=`, response `#0146`.
 
     A digit string belongs to the evaluation set if its checksum says so, whatever the seed: a policy warmed up with
     one seed has seen no evaluation prompt of a run with another.
@@ -64,10 +64,13 @@ class DigitSort(Task):
 
     name = "digit_sort"
 
-    def __init__(self, tokenizer: Any, seed: int, limit: int | None, n: int = 16):
+    def __init__(self, tokenizer: Any, seed: int, limit: int | None, n: int = 16, min_n: int | None = None):
         if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= 512:
             raise ValueError(f"data.params.n={n!r}: must be a whole number of digits between 2 and 512")
-        self.tokenizer, self.seed, self.n = tokenizer, seed, n
+        min_n = n if min_n is None else min_n
+        if not isinstance(min_n, int) or isinstance(min_n, bool) or not 2 <= min_n <= n:
+            raise ValueError(f"data.params.min_n={min_n!r}: must be a whole number of digits between 2 and n={n}")
+        self.tokenizer, self.seed, self.n, self.min_n = tokenizer, seed, n, min_n
         self.max_prompt_tokens = n + 1 + tokenizer.num_special_tokens_to_add()  # at most one token a character
         if limit is not None and self.max_prompt_tokens > limit:
             raise ValueError(
@@ -90,7 +93,8 @@ class DigitSort(Task):
 
     def _prompt(self, split: str, index: int) -> Prompt:
         rng = random.Random(f"digit_sort/{self.n}/{self.seed}/{split}/{index}")
-        drawn = ("".join(rng.choices("0123456789", k=self.n)) for _ in range(DRAWS))
+        n = self.n if self.min_n == self.n else rng.randint(self.min_n, self.n)
+        drawn = ("".join(rng.choices("0123456789", k=n)) for _ in range(DRAWS))
         digits = _first((d for d in drawn if _split_of(d, one_in=8) == split), f"{self.name} {split} prompt {index}")
         text = digits + "="
         answer = "".join(sorted(digits))

@@ -61,6 +61,14 @@ def test_evaluation_prompts_are_never_trained_on_whatever_the_seed(tokenizer):
     assert not trained & held_out
 
 
+def test_digit_sort_of_several_lengths(tokenizer):
+    task = build_task(DataConfig(task="digit_sort", params={"n": 6, "min_n": 4}), tokenizer, seed=0)
+    lengths = [len(task.train_prompt(i).answer) for i in range(100)]
+    assert set(lengths) == {4, 5, 6} and max(len(task.train_prompt(i).token_ids) for i in range(100)) == 7
+    with pytest.raises(ValueError, match="min_n=7: must be a whole number of digits between 2 and n=6"):
+        build_task(DataConfig(task="digit_sort", params={"n": 6, "min_n": 7}), tokenizer, seed=0)
+
+
 def test_digit_sort_extracts_what_follows_the_last_hash(tokenizer):
     task = build_task(DataConfig(), tokenizer, 0)
     assert task.extract_answer("#12#0123 ") == "0123"

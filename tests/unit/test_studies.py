@@ -1,0 +1,48 @@
+"""tools.studies tabulates what runs have logged, and says which runs an arm consists of."""
+
+import json
+
+from mcore_rl.algorithms import available, load
+from mcore_rl.config import load_config
+from tools.studies import ARMS, COST, DEMO, LEARNING, STUDIES, Column, mean, median, models_held, table
+
+ROWS = [
+    {"step": 0, "eval/accuracy": 0.25, "memory/policy_parameters": 8e5, "memory/critic_parameters": 8e5},
+    {"step": 1, "policy/entropy": 0.5, "policy/clip_frac": 0.01, "time/update_s": 1.0},
+    {"step": 2, "policy/entropy": 0.25, "policy/clip_frac": 0.03, "time/update_s": 9.0},
+    {"step": 20, "policy/entropy": 0.125, "policy/clip_frac": 0.05, "time/update_s": 2.0, "eval/accuracy": 0.75},
+]
+
+
+def write(folder, seed, arm, rows, finished=True):
+    run_dir = folder / f"seed{seed}" / arm
+    run_dir.mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        (run_dir / "report.png").touch()
+
+
+def test_a_cell_is_of_one_run_or_of_all():
+    assert Column("after", lambda rows: rows[-1]["eval/accuracy"]).cell([ROWS, ROWS]) == "0.75 0.75"
+    assert Column("clipped", mean("policy/clip_frac"), "{:.2f}", "mean").cell([ROWS]) == "0.03"
+    assert Column("update", median("time/update_s"), "{:.1f}", "mean").cell([ROWS]) == "2.0", "of 1, 2, 9"
+    assert Column("never logged", mean("policy/gate_mean")).cell([ROWS]) == "-"
+    assert models_held(ROWS) == 2
+
+
+def test_a_table_has_the_finished_runs_only(tmp_path):
+    write(tmp_path, 0, "grpo", ROWS)
+    write(tmp_path, 1, "grpo", ROWS)
+    write(tmp_path, 2, "grpo", ROWS, finished=False)
+    write(tmp_path, 0, "sapo", ROWS, finished=False)
+    lines = table(tmp_path, ["grpo", "sapo"], [0, 1, 2], LEARNING).splitlines()
+    assert len(lines) == 3 and lines[1].count("|") == lines[0].count("|") == len(LEARNING) + 3
+    assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | 0.500 | 0.125 | 0.125 | 3.00% | - |"
+    assert "| 2 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
+
+
+def test_arms_are_configurations_that_exist():
+    for config, *changes in ARMS.values():
+        fields = dict(load_config(DEMO / config, changes).algorithm)
+        assert fields.pop("name") in available() and load(load_config(DEMO / config).algorithm["name"], **fields)
+    assert {arm for arms in STUDIES.values() for arm in arms} == set(ARMS)

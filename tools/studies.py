@@ -1,0 +1,202 @@
+"""Train the demo's policy many times, an arm at a time with several seeds, and tabulate what came out.
+
+python -m tools.studies run algorithms runs/studies --seeds 0 1 2       # hours on two cores; goes on where it stopped
+python -m tools.studies table algorithms runs/studies                   # Markdown, as in docs/algorithms.md
+
+Every arm of a seed starts from the same warm start, `runs/studies/seedN/sft`, and lies beside it. The trainer is one
+rank, the rollout engine a child of it, so that the trainer's peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcore_rl.metrics import read_metrics
+
+DEMO = Path("examples/demo")
+BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
+
+# name of an arm -> configuration of examples/demo, and what it changes in it
+ARMS: dict[str, tuple[str, ...]] = {
+    "ppo": ("ppo.yaml",),
+    "dpo": ("dpo.yaml",),
+    "grpo": ("grpo.yaml",),
+    "dapo": ("dapo.yaml",),
+    "gspo": ("gspo.yaml",),
+    "sapo": ("sapo.yaml",),
+    "cispo": ("cispo.yaml",),
+    "grpo_clip_higher": ("grpo.yaml", "algorithm.clip_high=0.28"),
+    "grpo_no_clip": ("grpo.yaml", "algorithm.clip_low=0.99", "algorithm.clip_high=1000"),
+    "grpo_g2": ("grpo.yaml", "rollout.group_size=2", "batch.prompts_per_step=128"),
+    "grpo_g4": ("grpo.yaml", "rollout.group_size=4", "batch.prompts_per_step=64"),
+    "grpo_g16": ("grpo.yaml", "rollout.group_size=16", "batch.prompts_per_step=16"),
+}
+for _name in ("grpo", "gspo", "dapo", "sapo"):
+    for _lr in ("5e-5", "1e-4", "2e-4", "4e-4"):
+        ARMS[f"{_name}_lr{_lr}"] = (f"{_name}.yaml", f"optimizer.lr={_lr}")
+
+STUDIES: dict[str, tuple[str, ...]] = {
+    "algorithms": ("ppo", "dpo", "grpo", "dapo", "gspo", "sapo", "cispo"),
+    "clip_higher": ("grpo", "grpo_clip_higher", "grpo_no_clip", "dapo"),
+    "group_size": ("grpo_g2", "grpo_g4", "grpo", "grpo_g16"),
+    "learning_rate": tuple(name for name in ARMS if "_lr" in name),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table: `of` takes the rows of a finished run; None where the run has no such number."""
+
+    title: str
+    of: Callable[[list[dict]], float | None]
+    form: str = "{:.2f}"
+    over_seeds: str = "each"  # each: one number a seed; mean: one number
+
+    def cell(self, runs: Sequence[list[dict]]) -> str:
+        values = [self.of(rows) for rows in runs]
+        known = [v for v in values if v is not None and not math.isnan(v)]
+        if not known:
+            return "-"
+        if self.over_seeds == "mean":
+            return self.form.format(statistics.fmean(known))
+        return " ".join("-" if v is None else self.form.format(v) for v in values)
+
+
+def first(key: str) -> Callable[[list[dict]], float | None]:
+    return lambda rows: next((r[key] for r in rows if r.get(key) is not None), None)
+
+
+def last(key: str) -> Callable[[list[dict]], float | None]:
+    return lambda rows: next((r[key] for r in reversed(rows) if r.get(key) is not None), None)
+
+
+def mean(*keys: str) -> Callable[[list[dict]], float | None]:
+    """Over the steps that have all of `keys`, of their sum."""
+
+    def of(rows: list[dict]) -> float | None:
+        sums = [sum(r[k] for k in keys) for r in rows if all(r.get(k) is not None for k in keys)]
+        return statistics.fmean(sums) if sums else None
+
+    return of
+
+
+def median(key: str) -> Callable[[list[dict]], float | None]:
+    def of(rows: list[dict]) -> float | None:
+        values = [r[key] for r in rows if r.get(key) is not None]
+        return statistics.median(values) if values else None
+
+    return of
+
+
+def entropy_at(step: int) -> Callable[[list[dict]], float | None]:
+    return lambda rows: next((r.get("policy/entropy") for r in rows if r["step"] == step), None)
+
+
+def models_held(rows: list[dict]) -> float:
+    """Models in the trainer's memory, the policy among them."""
+    return float(sum(key.startswith("memory/") and key.endswith("_parameters") for key in rows[0]))
+
+
+LEARNING = (
+    Column("accuracy before", first("eval/accuracy")),
+    Column("after", last("eval/accuracy")),
+    Column("entropy, first step", first("policy/entropy"), "{:.3f}", "mean"),
+    Column("step 20", entropy_at(20), "{:.3f}", "mean"),
+    Column("last step", last("policy/entropy"), "{:.3f}", "mean"),
+    Column("tokens clipped", mean("policy/clip_frac"), "{:.2%}", "mean"),
+    Column("groups kept", mean("rollout/kept_frac"), "{:.2f}", "mean"),
+)
+COST = (
+    Column("models", models_held, "{:.0f}", "mean"),
+    Column("parameters, 1e6", mean("memory/policy_parameters"), "{:.2f}", "mean"),
+    Column("peak GB of the trainer", last("memory/trainer_peak_gb"), "{:.2f}", "mean"),
+    Column("collect, s", median("time/collect_s"), "{:.2f}", "mean"),
+    Column("score, s", median("time/score_s"), "{:.2f}", "mean"),
+    Column("update, s", median("time/update_s"), "{:.2f}", "mean"),
+    Column("sync, s", median("time/sync_s"), "{:.3f}", "mean"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=("run", "table", "cost"))
+    parser.add_argument("study", choices=tuple(STUDIES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), help="of the study only these, in this order")
+    args = parser.parse_args(argv)
+    arms = args.arms or STUDIES[args.study]
+    if args.verb == "run":
+        for seed in args.seeds:
+            for arm in arms:
+                run_arm(args.folder, seed, arm)
+    else:
+        print(table(args.folder, arms, args.seeds, LEARNING if args.verb == "table" else COST))
+
+
+def run_arm(folder: Path, seed: int, arm: str) -> None:
+    """Train one arm with one seed, after the warm start it needs; what is finished is left alone."""
+    home = folder / f"seed{seed}"
+    warm_start(home, seed)
+    config, *changes = ARMS[arm]
+    if config == "dpo.yaml":
+        changes += [f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval")]
+        make_pairs(home, seed)
+    train(home, arm, seed, config, f"model.path={home}/sft/hf", *changes)
+
+
+def warm_start(home: Path, seed: int) -> None:
+    if not (home / "model" / "config.json").exists():
+        call(sys.executable, "-m", "tools.make_demo_model", str(home / "model"), "--seed", str(seed))
+    train(home, "sft", seed, "sft.yaml", f"model.path={home}/model")
+
+
+def make_pairs(home: Path, seed: int) -> None:
+    if not (home / "pairs" / "eval.jsonl").exists():  # written last
+        overrides = (f"seed={seed}", f"model.path={home}/sft/hf", "parallel.ep=1")
+        command = ("pairs", str(DEMO / "grpo.yaml"), *overrides, "--out", str(home / "pairs"), "--prompts", "1024")
+        call(beside_python("mcore-rl"), *command)
+
+
+def train(home: Path, name: str, seed: int, config: str, *overrides: str) -> None:
+    """A run of `mcore-rl train`, or the rest of one that was stopped."""
+    run_dir = home / name
+    if (run_dir / "report.png").exists():  # the last thing a run leaves
+        return
+    resume = ["resume=true"] if (run_dir / "metrics.jsonl").exists() else []
+    place = (f"name={name}", f"output_dir={home}", f"seed={seed}")
+    call(beside_python("mcore-rl"), "train", str(DEMO / config), *place, *BESIDE, *overrides, *resume)
+
+
+def beside_python(command: str) -> str:
+    """The console script of this interpreter's environment."""
+    return str(Path(sys.executable).parent / command)
+
+
+def call(*command: str) -> None:
+    print(*command, flush=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequence[Column]) -> str:
+    """Markdown, one line an arm, of the runs that are finished."""
+    lines = ["| | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for arm in arms:
+        done = [seed for seed in seeds if (folder / f"seed{seed}" / arm / "report.png").exists()]
+        runs = [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl") for seed in done]
+        if runs:
+            cells = (column.cell(runs) for column in columns)
+            lines.append(f"| {arm} | {' '.join(map(str, done))} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
