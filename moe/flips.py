@@ -142,6 +142,12 @@ def load_health(load: Tensor) -> dict[str, Tensor]:
     }
 
 
+def rank_imbalance(load: Tensor, ranks: int) -> Tensor:
+    """[L] tokens of the fullest expert-parallel rank over those of the mean one, from loads [L, E], when neighbouring
+    experts share a rank: a step waits for the fullest."""
+    return load.view(len(load), ranks, -1).sum(-1).amax(-1) * ranks
+
+
 def router_drift(old: Tensor, new: Tensor, old_ids: Tensor) -> dict[str, Tensor]:
     """By layer [L], from router logits [N, L, E]: entropy of the router's distribution (new), KL(old || new), its
     z-loss mean logsumexp^2 (new); and gamma [N], RSPO's router shift exp(-mean over layers and old experts |d log p|)

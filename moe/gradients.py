@@ -5,11 +5,13 @@ A gradient is kept as one row a group of prompts [B, P]; the gradient of the bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from moe.stats import Estimate, resample
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,36 @@ def squared_bias(rows: Tensor, reference: Tensor) -> float:
 def noise_ceiling(reference: Tensor) -> float:
     """Cosine between two halves of the reference: what even a perfect estimator of its size would reach."""
     return cosine(*(half.mean(0) for half in reference.tensor_split(2)))
+
+
+def quadratic_estimate(
+    grams: Sequence[Tensor],
+    finish: Callable[[list[tuple[Tensor, Tensor]]], Tensor],
+    draws: int = 1000,
+    seed: int = 0,
+) -> Estimate:
+    """A function of inner products of gradients, with its bootstrap interval over the groups of prompts.
+
+    Args:
+        grams: matrices [B, B] of inner products a_i . b_j of rows that each estimate a whole gradient.
+        finish: takes (of the means, of distinct groups) for every matrix: the inner product of the two means, and its
+            unbiased estimate, which leaves out a group's product with itself.
+    """
+    num_groups = len(grams[0])
+    counts = torch.cat([torch.ones(1, num_groups, dtype=torch.float64), resample(num_groups, draws, seed)])
+    pairs = []
+    for gram in grams:
+        gram = gram.double()
+        total = torch.einsum("di,ij,dj->d", counts, gram, counts)
+        itself = counts.square() @ gram.diagonal()
+        size, repeats = num_groups**2, counts.square().sum(1)
+        pairs.append((total / size, (total - itself) / (size - repeats)))
+    values = finish(pairs)
+    resampled = values[1:][values[1:].isfinite()]
+    if len(resampled) == 0:
+        return Estimate(float(values[0]), float("nan"), float("nan"))
+    low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Estimate(float(values[0]), low, high)
 
 
 def noisy_routes(logits: Tensor, top_k: int, sigma: float, generator: torch.Generator) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe.stats import Answers, Statistic, mean_of, stack
+from moe.stats import Answers, Statistic, mean_of, ratio_of, stack
 
 THRESHOLDS = (1.1, 1.5, 2.0, 5.0)
+ICEPOP = (0.5, 5.0)  # token ratios kept, arXiv 2510.18855
+MIS_GEO = (0.999, 1.002)  # geometric mean ratios kept
+PROBABILITIES = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)  # edges of the engine's probability of the sampled token
 
 
 def split(trainer: Tensor, on_engine_routes: Tensor, engine: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,3 +54,30 @@ def mismatch_statistics(trainer: Tensor, engine: Tensor, answers: Answers) -> di
         "answers_beyond_e": mean_of((worst > 1).double(), answers.prompt_ids),
         "pearson": Statistic(stack(torch.ones(len(p)), p, q, p.square(), q.square(), p * q), prompts, correlation),
     }
+
+
+def masked_shares(trainer: Tensor, engine: Tensor, answers: Answers) -> dict[str, Statistic]:
+    """Share of tokens that corrections at their usual bounds would drop: IcePop by the token's ratio, MIS by the
+    geometric mean over its answer."""
+    d, prompts = trainer.double() - engine.double(), answers.token_prompts
+    found = {}
+    for name, log_ratio, (low, high) in (
+        ("icepop", d, ICEPOP),
+        ("mis_geo", answers.spread(answers.mean(d)), MIS_GEO),
+    ):
+        outside = (log_ratio.exp() < low) | (log_ratio.exp() > high)
+        found[f"masked/{name}"] = mean_of(outside.double(), prompts)
+    return found
+
+
+def by_probability(trainer: Tensor, engine: Tensor, answers: Answers) -> dict[str, Statistic]:
+    """bin/LOW-HIGH/abs_mean and /share: mean |d| of the tokens whose probability under the engine lies there, and how
+    many they are; an empty bin is left out. Rare tokens differ more, and decide the largest ratios."""
+    d, p, prompts = (trainer.double() - engine.double()).abs(), engine.double().exp(), answers.token_prompts
+    found = {}
+    for low, high in zip(PROBABILITIES, PROBABILITIES[1:]):
+        inside = ((p > low) & (p <= high if high < 1 else p > low)).double()
+        if inside.any():
+            found[f"bin/{low:g}-{high:g}/abs_mean"] = ratio_of(d * inside, inside, prompts)
+            found[f"bin/{low:g}-{high:g}/share"] = mean_of(inside, prompts)
+    return found

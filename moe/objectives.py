@@ -15,6 +15,7 @@ from moe.stats import Answers, Statistic, mean_of, ratio_of
 
 TOKEN_CLIP = (0.2, 0.2)  # PPO, GRPO
 DAPO_CLIP = (0.2, 0.28)
+GSPO_CLIP = (3e-4, 4e-4)  # of the paper, for answers of thousands of tokens
 CISPO_MAX = 5.0
 SAPO_TAU = (1.0, 1.05)  # A > 0, and the rest
 Coefficient = Callable[[Tensor, Tensor, Answers], Tensor]
@@ -36,7 +37,8 @@ def _token(z: Tensor, advantages: Tensor, answers: Answers) -> Tensor:
     return z.exp()
 
 
-def _clipped(low: float, high: float) -> Coefficient:
+def token_clipped(low: float, high: float) -> Coefficient:
+    """The token ratio, dropped outwards of [1 - low, 1 + high]."""
     return lambda z, advantages, answers: z.exp() * kept(z.exp(), advantages, low, high)
 
 
@@ -61,8 +63,8 @@ def _product(z: Tensor, advantages: Tensor, answers: Answers) -> Tensor:
 COEFFICIENTS: dict[str, Coefficient] = {
     "no ratio": lambda z, advantages, answers: torch.ones_like(z),
     "token": _token,
-    "token clip": _clipped(*TOKEN_CLIP),
-    "DAPO clip": _clipped(*DAPO_CLIP),
+    "token clip": token_clipped(*TOKEN_CLIP),
+    "DAPO clip": token_clipped(*DAPO_CLIP),
     "CISPO": lambda z, advantages, answers: z.exp().clamp(max=CISPO_MAX),
     "SAPO": _sapo,
     "GSPO": _sequence,
@@ -79,12 +81,12 @@ def coefficients(name: str, z: Tensor, advantages: Tensor, answers: Answers) -> 
     return COEFFICIENTS[name](z, advantages, answers)
 
 
-def gspo_clipped(width: float) -> Coefficient:
-    """GSPO that drops answers whose ratio is further than `width` outwards from 1."""
+def gspo_clipped(low: float, high: float) -> Coefficient:
+    """GSPO that drops answers whose ratio lies outwards of [1 - low, 1 + high]."""
 
     def coefficient(z: Tensor, advantages: Tensor, answers: Answers) -> Tensor:
         s = _sequence(z, advantages, answers)
-        return s * kept(s, advantages, width, width)
+        return s * kept(s, advantages, low, high)
 
     return coefficient
 

@@ -6,7 +6,7 @@ sample: every interval here resamples whole prompts. That is cheap because every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,17 @@ def resample(num_prompts: int, draws: int, seed: int) -> Tensor:
 
 def estimates(statistics: Mapping[str, Statistic], draws: int = 1000, seed: int = 0) -> dict[str, Estimate]:
     return {name: statistic.estimate(draws, seed) for name, statistic in statistics.items()}
+
+
+def joint(statistics: Sequence[Statistic], finish: Callable[[Tensor], Tensor]) -> Statistic:
+    """A function of several statistics of the same samples: `finish` takes their values [..., len(statistics)]."""
+    sizes = [s.terms.shape[1] for s in statistics]
+
+    def together(sums: Tensor) -> Tensor:
+        values = [s.finish(part) for s, part in zip(statistics, sums.split(sizes, dim=-1))]
+        return finish(torch.stack(values, -1))
+
+    return Statistic(torch.cat([s.terms for s in statistics], 1), statistics[0].prompts, together)
 
 
 def stack(*columns: Tensor) -> Tensor:

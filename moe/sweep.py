@@ -10,13 +10,13 @@ from torch import Tensor
 
 from moe.decompose import crossover, jump, own_flip_share, parts
 from moe.flips import flip_statistics
-from moe.measure import Estimates, Forward, exactly, four_passes
+from moe.measure import Estimates, Forward, Pass, exactly, four_passes
 from moe.probe import Probe
-from moe.stats import Statistic, estimates
+from moe.stats import Statistic, estimates, joint
 
 ALPHAS = tuple(10 ** (-i / 2) for i in range(9))  # 1 .. 1e-4
 RARE, ENOUGH = 0.3, 30  # slopes are fitted where at most this share of tokens, and at least that many, changed routes
-SLOPES = ("var_w", "var_r", "set")
+SLOPES = ("var_w", "var_r", "set", "jump")  # laws: 2, 1, 1, 0
 KEPT = ("var_z", "var_w", "var_r", "share_routing", "kurtosis_z")
 
 
@@ -36,9 +36,11 @@ def interpolate(model: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor]
             weight.copy_(old[name] + alpha * (new[name] - old[name]))
 
 
-def step_statistics(forward: Forward, old: Any, new: Any, probe: Probe) -> dict[str, Statistic]:
-    """The statistics that are followed over the step, of one step."""
-    passes, answers = four_passes(forward, old, new, probe), probe.answers
+def step_statistics(
+    forward: Forward, old: Any, new: Any, probe: Probe, old_pass: Pass | None = None
+) -> dict[str, Statistic]:
+    """The statistics that are followed over the step, of one step; `old_pass` as for `four_passes`."""
+    passes, answers = four_passes(forward, old, new, probe, old_pass), probe.answers
     z_w, z_r = passes.parts.z_w, passes.parts.z_r
     every = parts(z_w, z_r, answers) | crossover(z_w, z_r, answers)
     every |= flip_statistics(passes.old_ids, passes.new_ids, answers.token_prompts)
@@ -47,17 +49,6 @@ def step_statistics(forward: Forward, old: Any, new: Any, probe: Probe) -> dict[
         followed["jump"] = jump(z_r, passes.flipped, answers)
         followed["own_flip_share"] = own_flip_share(z_r, passes.flipped, answers)
     return followed
-
-
-def joint(statistics: Sequence[Statistic], finish: Callable[[Tensor], Tensor]) -> Statistic:
-    """A function of several statistics of the same samples: `finish` takes their values [..., len(statistics)]."""
-    sizes = [s.terms.shape[1] for s in statistics]
-
-    def together(sums: Tensor) -> Tensor:
-        values = [s.finish(part) for s, part in zip(statistics, sums.split(sizes, dim=-1))]
-        return finish(torch.stack(values, -1))
-
-    return Statistic(torch.cat([s.terms for s in statistics], 1), statistics[0].prompts, together)
 
 
 def slope(statistics: Sequence[Statistic], alphas: Sequence[float]) -> Statistic:
@@ -105,11 +96,13 @@ def sweep(
         told: called with each alpha when it is done.
     """
     old_weights = old.state_dict()
+    with torch.no_grad():
+        old_pass = forward(old, probe.sequences, None)
     found: Estimates = {}
     steps: list[dict[str, Statistic]] = []
     for alpha in alphas:
         interpolate(scratch, old_weights, new_weights, alpha)
-        steps.append(step_statistics(forward, old, scratch, probe))
+        steps.append(step_statistics(forward, old, scratch, probe, old_pass))
         found |= {f"sweep/{alpha:g}/{name}": e for name, e in estimates(steps[-1], draws).items()}
         told(alpha)
     return found | laws(steps, alphas, draws)

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from moe.flips import balance_loss, flip_statistics, load_health, loads, margin_report, margins, overlap, router_drift
+from moe.flips import (
+    balance_loss,
+    flip_statistics,
+    load_health,
+    loads,
+    margin_report,
+    margins,
+    overlap,
+    rank_imbalance,
+    router_drift,
+)
 
 OLD = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]], dtype=torch.uint8)  # 2 tokens, 2 layers, top-2
 NEW = torch.tensor([[[1, 0], [2, 0]], [[0, 1], [1, 0]]], dtype=torch.uint8)
@@ -80,6 +90,12 @@ def test_loads_by_hand():
     got = {name: x[0].item() for name, x in load_health(load).items()}
     expected = {"cv": 1, "max_over_mean": 2, "min_over_mean": 0, "dead": 0.5, "entropy": math.log(2) / math.log(4)}
     assert got == pytest.approx(expected)
+
+
+def test_imbalance_of_expert_parallel_ranks_by_hand():
+    load = torch.tensor([[0.4, 0.1, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
+    assert rank_imbalance(load, 2).tolist() == pytest.approx([1, 1])  # 0.5 and 0.5
+    assert rank_imbalance(load, 4).tolist() == pytest.approx([1.6, 1])
 
 
 def test_router_drift_by_hand():

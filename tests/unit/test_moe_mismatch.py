@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe.mismatch import mismatch_statistics, split
+from moe.mismatch import by_probability, masked_shares, mismatch_statistics, split
 from moe.stats import Answers
 
 
@@ -45,3 +45,28 @@ def test_both_estimates_of_the_divergence_are_unbiased():
     assert got["k3"].value() == pytest.approx((q * (q / p).log()).sum().item())
     assert got["k1"].value() == pytest.approx((q * (q / p).log()).sum().item())
     assert got["k3_reverse"].value() == pytest.approx((p * (p / q).log()).sum().item())
+
+
+def test_what_corrections_would_drop_by_hand():
+    answers = Answers(torch.tensor([0, 0, 1]), torch.tensor([0, 1]))
+    engine = torch.zeros(3).double() - 3
+    trainer = engine + torch.tensor([math.log(0.4), -math.log(0.4), 0.0015])  # the first answer's mean ratio is 1
+    got = {name: s.value() for name, s in masked_shares(trainer, engine, answers).items()}
+    assert got == {"masked/icepop": pytest.approx(1 / 3), "masked/mis_geo": 0}  # 1 / 0.4 = 2.5 is within 5
+    got = masked_shares(trainer + 0.003, engine, answers)["masked/mis_geo"].value()
+    assert got == 1
+
+
+def test_differences_by_probability_by_hand():
+    answers = Answers(torch.tensor([0, 0, 1]), torch.tensor([0, 1]))
+    engine = torch.tensor([0.005, 0.05, 0.08], dtype=torch.float64).log()
+    got = by_probability(engine + torch.tensor([0.5, 0.1, -0.3]), engine, answers)
+    values = {name: s.value() for name, s in got.items()}
+    assert values == pytest.approx(
+        {
+            "bin/0-0.01/abs_mean": 0.5,
+            "bin/0-0.01/share": 1 / 3,
+            "bin/0.01-0.1/abs_mean": 0.2,
+            "bin/0.01-0.1/share": 2 / 3,
+        }
+    )

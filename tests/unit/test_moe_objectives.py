@@ -87,7 +87,7 @@ def test_matched_clips_drop_the_same_share():
             assert got[f"{name}/share"].value() == pytest.approx(share, abs=10 / 4000)
             assert got[f"{name}/toggled"].value() == 0
         assert narrow / wide == pytest.approx(1 / math.sqrt(10), rel=0.25)  # independent tokens
-    dropped = gspo_clipped(narrow)(z, advantages, answers) == 0
+    dropped = gspo_clipped(narrow, narrow)(z, advantages, answers) == 0
     assert dropped.double().mean().item() == pytest.approx(0.15, abs=10 / 4000)
     assert matched_width(torch.ones(5), torch.zeros(5), 0.5) == 0
 

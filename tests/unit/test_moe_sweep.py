@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from moe.adapters import hf
-from moe.measure import by_update, compare, exactly, four_passes, noise_floor
+from moe.decompose import Decomposition
+from moe.measure import Passes, by_update, compare, exactly, four_passes, identities, noise_floor, prompt_flips
 from moe.probe import Probe, probe_of_rollouts, read_rows, sampled_probe
 from moe.stats import mean_of
 from moe.sweep import crossing, interpolate, slope, sweep
+from moe.trace import RoutingTrace
 
 ALPHAS = (1.0, 0.4, 0.3, 0.2, 0.15, 0.03)
 
@@ -131,8 +134,41 @@ def test_a_pair_of_models_end_to_end(models):
     assert all(e.low <= e.value <= e.high for name, e in found.items() if name.startswith(("flips", "ess")))
     floor = noise_floor(hf.forward_with_logits, models[0], probe, passes.old_routes, passes.parts.old)
     assert floor["floor/abs_max"].value < 1e-6 and floor["floor/flips_set"].value == 0
+    assert floor["identity/own_replay_abs_max"].value == 0  # bit for bit
+    assert found["identity/parts_abs_max"].value < 1e-14 and found["identity/crossover_abs_max"].value < 1e-9
+    assert found["identity/gate_bound_violations"].value == 0
+    assert found["shared/8"].value == pytest.approx(found["inflation/z_w/8"].value / found["inflation/z_r/8"].value)
+    gap = [found[f"clip/matched_0.15/{name}/toggled"].value for name in ("token", "sequence")]
+    assert found["clip/matched_0.15/toggled_gap"].value == pytest.approx(gap[0] - gap[1])
+    assert found["router/ep8_max_over_mean/layer_0"].value == found["router/load_max_over_mean/layer_0"].value
     merged = by_update([{"x": exactly(1)}, {"x": exactly(2)}])
     assert {name: e.value for name, e in merged.items()} == {"x": 2, "update/1/x": 1, "update/2/x": 2}
+
+
+def test_identities_notice_a_wrong_part(models):
+    passes, answers = four_passes(hf.forward_with_logits, *models, a_probe()), a_probe().answers
+    wrong = replace(passes.parts, new=passes.parts.new.float().double())
+    assert identities(passes.parts, answers)["identity/crossover_abs_max"].value < 1e-9
+    assert identities(wrong, answers)["identity/crossover_abs_max"].value < 1e-9  # any parts that sum to z obey it
+
+    class Torn(Decomposition):
+        z_r = property(lambda self: self.new - self.old_on_new)
+
+    torn = identities(Torn(**vars(passes.parts)), answers)
+    assert torn["identity/parts_abs_max"].value > 1e-3 and torn["identity/crossover_abs_max"].value > 1e-3
+
+
+def test_flips_of_the_prompts_by_hand():
+    """Sequences of 2 + 1 and 1 + 1 tokens: only the first token of the first one is scored by nothing."""
+    probe = Probe(((1, 2, 3), (4, 5)), (2, 1), torch.tensor([0, 1]))
+    ids = torch.tensor([[[0]], [[0]], [[0]], [[0]], [[0]]])
+    other = ids.clone()
+    other[0] = 1
+    before, after = (RoutingTrace(x, None, None, 4, torch.tensor([0, 3, 5])) for x in (ids, other))
+    empty = torch.zeros(3)
+    parts = Decomposition(empty, empty, empty, empty)
+    passes = Passes(parts, ids[probe.rows], other[probe.rows], None, empty, empty, before, after)
+    assert not passes.flipped.any() and prompt_flips(passes, probe)["flips/set_prompt"].value == 1
 
 
 def test_equal_models_have_no_log_ratio(models):

@@ -1,0 +1,273 @@
+"""One batch under every objective: how much of it counts, and how noisy and how biased its gradient is.
+
+Every objective weighs the same log-probs by its own coefficients, so one graph of log-probs serves all of them. Router
+noise says how much of a gradient hangs on which experts a token happened to take: it is added to the router logits of
+the new policy, in the ratio alone ("noise") or also in the pass that is differentiated ("noise_all").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe.gradients import PolicyGraph, noisy_routes, quadratic_estimate
+from moe.measure import Estimates, Forward, exactly
+from moe.objectives import (
+    COEFFICIENTS,
+    GSPO_CLIP,
+    Coefficient,
+    coefficients,
+    gspo_clipped,
+    matched_width,
+    token_clipped,
+    token_weights,
+)
+from moe.probe import Probe
+from moe.stats import Answers, Statistic, estimates, ratio_of, stack
+from moe.trace import RoutingTrace
+
+SIGMAS = (0.1, 1.0)  # standard deviations of the noise on router logits
+MATCHED = 0.05  # share of tokens that the matched clips drop
+BASE, AVERAGED = "token", "GSPO"  # the ratio without a clip, and its mean over an answer
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Answers of the old policy, scored by both.
+
+    Attributes:
+        probe: sequences of one prompt follow each other.
+        old: [N] log-probs before. z: [N] log-ratio of new to old. advantages: [N].
+        routes: of the new policy, all tokens. logits: of its routers [T, L, E].
+    """
+
+    probe: Probe
+    old: Tensor
+    z: Tensor
+    advantages: Tensor
+    routes: RoutingTrace
+    logits: Tensor
+
+    def noisy(self, sigma: float, seed: int) -> RoutingTrace:
+        """The routes after normal noise on the router logits."""
+        top_k = self.routes.expert_ids.shape[-1]
+        ids = noisy_routes(self.logits, top_k, sigma, torch.Generator().manual_seed(seed))
+        return RoutingTrace(ids, None, None, self.routes.num_experts, self.routes.cu_seqlens)
+
+
+@torch.no_grad()
+def batch_of(forward: Forward, old: Any, new: Any, probe: Probe) -> Batch:
+    """Raises ValueError where there are no rewards, or no prompt with different ones."""
+    advantages = probe.answers.spread(probe.advantages)
+    before = probe.scored(forward(old, probe.sequences, None)[0]).double()
+    after, routes, logits = forward(new, probe.sequences, None)
+    return Batch(probe, before, probe.scored(after).double() - before, advantages, routes, logits)
+
+
+def objectives_of(batch: Batch) -> dict[str, Coefficient]:
+    """Every objective by name, and clips of token and sequence ratio so wide that they drop equally many tokens."""
+    sequence = coefficients(AVERAGED, batch.z, batch.advantages, batch.probe.answers)
+    wide, narrow = (matched_width(r, batch.advantages, MATCHED) for r in (batch.z.exp(), sequence))
+    return COEFFICIENTS | {
+        "GSPO, published clip": gspo_clipped(*GSPO_CLIP),
+        "token, matched clip": token_clipped(wide, wide),
+        "GSPO, matched clip": gspo_clipped(narrow, narrow),
+    }
+
+
+def usage(batch: Batch, named: Mapping[str, Coefficient], draws: int) -> Estimates:
+    """objectives/NAME/ess of the coefficients as weights (dropped tokens weigh 0), /used: sum |c A| / sum |A|, and
+    /dropped: share of the tokens with an advantage whose coefficient is 0."""
+    answers, size = batch.probe.answers, batch.advantages.abs()
+    prompts, active = answers.token_prompts, (size > 0).double()
+    found = {}
+    for name, coefficient in named.items():
+        c = coefficient(batch.z, batch.advantages, answers)
+        found[f"objectives/{name}/used"] = ratio_of(c * size, size, prompts)
+        found[f"objectives/{name}/dropped"] = ratio_of((c == 0) * active, active, prompts)
+        terms = stack(torch.ones_like(c), c, c.square())
+        found[f"objectives/{name}/ess"] = Statistic(terms, prompts, _ess)
+    return estimates(found, draws)
+
+
+def _ess(s: Tensor) -> Tensor:
+    return s[..., 1].square() / (s[..., 0] * s[..., 2])
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def graph_of(
+    forward: Forward, model: Any, probe: Probe, routes: RoutingTrace | None, parameters: Sequence[Tensor]
+) -> PolicyGraph:
+    """Log-probs with their graph, one graph a prompt, in the order of the probe."""
+    logprobs = []
+    for keep in _groups(probe):
+        part = probe.subset(keep)
+        mine = None if routes is None else _routes_of(routes, keep)
+        logprobs.append(part.scored(forward(model, part.sequences, mine)[0]))
+    return PolicyGraph(logprobs, parameters)
+
+
+def _groups(probe: Probe) -> list[list[int]]:
+    ids = probe.prompt_ids
+    if (ids.diff() < 0).any():
+        raise ValueError("the answers to one prompt must follow each other, and prompts be numbered in order")
+    return [(ids == prompt).nonzero()[:, 0].tolist() for prompt in ids.unique()]
+
+
+def _routes_of(routes: RoutingTrace, keep: Sequence[int]) -> RoutingTrace:
+    start, end = routes.cu_seqlens[keep[0]], routes.cu_seqlens[keep[-1] + 1]
+    bounds = routes.cu_seqlens[keep[0] : keep[-1] + 2] - start
+    return RoutingTrace(routes.expert_ids[start:end], None, None, routes.num_experts, bounds)
+
+
+def rows_of(graph: PolicyGraph, c: Tensor, answers: Answers, keep: Tensor | None = None) -> Tensor:
+    """[B, P]: the gradient of each prompt's answers, scaled to estimate the whole.
+
+    Args:
+        c: [N] coefficients times advantages. keep: [N] bool, cuts answers short.
+    """
+    weights = token_weights(answers)
+    if keep is not None:
+        weights = answers.spread(1 / answers.sum(keep.double())) / len(answers.prompt_ids) * keep
+    rows = graph.gradients(weights * c)
+    return rows * len(rows)
+
+
+def norm_ratio(draws: int, *grams: Tensor):
+    """|mean of the first rows| / |mean of the second|, over the same of a third and fourth where given."""
+
+    def finish(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        norms = [whole.clamp_min(0).sqrt() for whole, _ in pairs]
+        first = norms[0] / norms[1]
+        return first / (norms[2] / norms[3]) if len(norms) == 4 else first
+
+    return quadratic_estimate(grams, finish, draws)
+
+
+def gradients_under_noise(
+    forward: Forward,
+    new: Any,
+    batch: Batch,
+    named: Mapping[str, Coefficient],
+    parameters: Sequence[Tensor],
+    sigmas: Sequence[float] = SIGMAS,
+    draws: int = 1000,
+    seed: int = 0,
+    told: Told = lambda what: None,
+) -> Estimates:
+    """objectives/NAME/noise/SIGMA: |g noisy - g| / |g| with noise in the ratio alone; /noise_all/SIGMA with noise in
+    the differentiated pass too; /noise_vs_token/SIGMA: of the former, over that of the token ratio. And by the length n
+    that answers are cut to: length/n, GSPO's over the token ratio's, and its slope over n on log axes, length/slope.
+    """
+    if batch.routes.expert_ids.shape[1] == 0:
+        return {}
+    answers, advantages = batch.probe.answers, batch.advantages
+    clean = graph_of(forward, new, batch.probe, None, parameters)
+    c = {name: f(batch.z, advantages, answers) * advantages for name, f in named.items()}
+    found: Estimates = {}
+    for i, sigma in enumerate(sigmas):
+        routes = batch.noisy(sigma, seed + i)
+        shaken = graph_of(forward, new, batch.probe, routes, parameters)
+        z = torch.cat([x.detach().double() for x in shaken.logprobs]) - batch.old
+        found[f"noise/{sigma:g}/abs_mean"] = exactly((z - batch.z).abs().mean())
+        c_noisy = {name: f(z, advantages, answers) * advantages for name, f in named.items()}
+        base = None
+        for name in sorted(named, key=lambda name: name != BASE):
+            rows = rows_of(clean, c[name], answers)
+            change = rows_of(clean, c_noisy[name] - c[name], answers)
+            moved = rows_of(shaken, c_noisy[name], answers) - rows
+            size, noise = rows @ rows.T, change @ change.T
+            base = base or (noise, size)
+            found[f"objectives/{name}/noise/{sigma:g}"] = norm_ratio(draws, noise, size)
+            found[f"objectives/{name}/noise_all/{sigma:g}"] = norm_ratio(draws, moved @ moved.T, size)
+            found[f"objectives/{name}/noise_vs_token/{sigma:g}"] = norm_ratio(draws, noise, size, *base)
+            told(f"{name}, router noise {sigma:g}")
+        if i == 0:
+            found |= averaging_law(clean, batch, named, z, draws)
+    return found
+
+
+def averaging_law(
+    graph: PolicyGraph, batch: Batch, named: Mapping[str, Coefficient], z_noisy: Tensor, draws: int
+) -> Estimates:
+    """length/n and length/slope; independent jumps give n^-1/2."""
+    answers = batch.probe.answers
+    longest = int(answers.lengths.median())
+    lengths = [2**i for i in range(longest.bit_length()) if 2**i <= longest]
+    grams: list[Tensor] = []
+    found: Estimates = {}
+    for n in lengths:
+        keep = answers.positions < n
+        tokens = keep.nonzero()[:, 0]
+        cut = Answers(answers.answer_ids[tokens], answers.prompt_ids)
+        of_length = []
+        for name in (AVERAGED, BASE):
+            c = [torch.zeros_like(batch.z) for _ in range(2)]
+            for target, z in zip(c, (batch.z, z_noisy)):
+                advantages = batch.advantages[tokens]
+                target[tokens] = named[name](z[tokens], advantages, cut) * advantages
+            rows, change = (rows_of(graph, x, answers, keep) for x in (c[0], c[1] - c[0]))
+            of_length += [change @ change.T, rows @ rows.T]
+        found[f"length/{n}"] = norm_ratio(draws, *of_length)
+        grams += of_length
+    if len(lengths) >= 3:
+        found["length/slope"] = quadratic_estimate(grams, lambda pairs: _slope(pairs, lengths), draws)
+    return found
+
+
+def _slope(pairs: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> Tensor:
+    x = torch.tensor(lengths, dtype=torch.float64).log()
+    x = x - x.mean()
+    norms = torch.stack([whole.clamp_min(0).log() / 2 for whole, _ in pairs], -1).unflatten(-1, (-1, 4))
+    y = norms[..., 0] - norms[..., 1] - norms[..., 2] + norms[..., 3]
+    return (y * x).sum(-1) / x.square().sum()
+
+
+def gradients_against_reference(
+    forward: Forward,
+    new: Any,
+    batch: Batch,
+    fresh: Probe,
+    named: Mapping[str, Coefficient],
+    parameters: Sequence[Tensor],
+    draws: int = 1000,
+    told: Told = lambda what: None,
+) -> Estimates:
+    """objectives/NAME/bias2: |E g - E g*|^2 / |E g*|^2, unbiased, so that it may be below 0; /cosine to g*; /snr:
+    |E g|^2 over the variance of its estimate. g* is the gradient of fresh answers of the new policy, without a ratio.
+
+    reference/noise2: variance of g* over |E g*|^2; a bias2 well below it cannot be seen. reference/ceiling: the cosine
+    that a gradient without error would reach.
+
+    Args:
+        fresh: answers of the new policy to the same prompts in the same order, with rewards.
+    """
+    after = fresh.answers
+    reference = rows_of(graph_of(forward, new, fresh, None, parameters), after.spread(fresh.advantages), after)
+    clean = graph_of(forward, new, batch.probe, None, parameters)
+    if len(reference) != len(clean.logprobs):
+        raise ValueError(f"{len(reference)} prompts in the reference, {len(clean.logprobs)} in the batch")
+    truth = reference @ reference.T
+    found = {
+        "reference/noise2": quadratic_estimate([truth], lambda p: (p[0][0] - p[0][1]) / p[0][1], draws),
+        "reference/ceiling": quadratic_estimate([truth], lambda p: (p[0][1].clamp_min(0) / p[0][0]).sqrt(), draws),
+    }
+    for name, coefficient in named.items():
+        answers = batch.probe.answers
+        c = coefficient(batch.z, batch.advantages, answers) * batch.advantages
+        rows = rows_of(clean, c, answers)
+        apart, own, both = ((a @ b.T) for a, b in ((rows - reference,) * 2, (rows,) * 2, (rows, reference)))
+        label = f"objectives/{name}"
+        found[f"{label}/bias2"] = quadratic_estimate([apart, truth], lambda p: p[0][1] / p[1][1], draws)
+        cosine = quadratic_estimate([both, own, truth], lambda p: p[0][0] / (p[1][0] * p[2][0]).sqrt(), draws)
+        found[f"{label}/cosine"] = cosine
+        found[f"{label}/snr"] = quadratic_estimate([own], lambda p: p[0][1] / (p[0][0] - p[0][1]), draws)
+        told(f"{name} against the reference")
+    return found
