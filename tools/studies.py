@@ -10,6 +10,7 @@ rank, the rollout engine a child of it, so that the trainer's peak memory is its
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import statistics
@@ -24,30 +25,45 @@ from mcore_rl.metrics import read_metrics
 DEMO = Path("examples/demo")
 BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
 
-# name of an arm -> configuration of examples/demo, and what it changes in it
-ARMS: dict[str, tuple[str, ...]] = {
-    "ppo": ("ppo.yaml",),
-    "dpo": ("dpo.yaml",),
-    "grpo": ("grpo.yaml",),
-    "dapo": ("dapo.yaml",),
-    "gspo": ("gspo.yaml",),
-    "sapo": ("sapo.yaml",),
-    "cispo": ("cispo.yaml",),
-    "grpo_clip_higher": ("grpo.yaml", "algorithm.clip_high=0.28"),
-    "grpo_no_clip": ("grpo.yaml", "algorithm.clip_low=0.99", "algorithm.clip_high=1000"),
-    "grpo_g2": ("grpo.yaml", "rollout.group_size=2", "batch.prompts_per_step=128"),
-    "grpo_g4": ("grpo.yaml", "rollout.group_size=4", "batch.prompts_per_step=64"),
-    "grpo_g16": ("grpo.yaml", "rollout.group_size=16", "batch.prompts_per_step=16"),
+MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
+LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mixed lengths is asked afterwards
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A configuration of examples/demo, what is changed in it, and the warm start it begins at."""
+
+    config: str
+    changes: tuple[str, ...] = ()
+    warm_start: str = "sft"
+
+
+ARMS: dict[str, Arm] = {
+    **{name: Arm(f"{name}.yaml") for name in ("ppo", "dpo", "grpo", "dapo", "gspo", "sapo", "cispo")},
+    "grpo_clip_higher": Arm("grpo.yaml", ("algorithm.clip_high=0.28",)),
+    "grpo_no_clip": Arm("grpo.yaml", ("algorithm.clip_low=0.99", "algorithm.clip_high=1000")),
+    **{
+        f"grpo_g{size}": Arm("grpo.yaml", (f"rollout.group_size={size}", f"batch.prompts_per_step={256 // size}"))
+        for size in (2, 4, 16)
+    },
+    **{
+        f"{name}_lr{lr}": Arm(f"{name}.yaml", (f"optimizer.lr={lr}",))
+        for name in ("grpo", "gspo", "dapo", "sapo")
+        for lr in ("5e-5", "1e-4", "2e-4", "4e-4")
+    },
+    **{
+        f"mixed_{aggregation}": Arm("grpo.yaml", (f"algorithm.aggregation={aggregation}", *MIXED), "sft_mixed")
+        for aggregation in ("sequence_mean", "token_mean")
+    },
 }
-for _name in ("grpo", "gspo", "dapo", "sapo"):
-    for _lr in ("5e-5", "1e-4", "2e-4", "4e-4"):
-        ARMS[f"{_name}_lr{_lr}"] = (f"{_name}.yaml", f"optimizer.lr={_lr}")
+WARM_STARTS = {"sft": (), "sft_mixed": MIXED}
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "algorithms": ("ppo", "dpo", "grpo", "dapo", "gspo", "sapo", "cispo"),
     "clip_higher": ("grpo", "grpo_clip_higher", "grpo_no_clip", "dapo"),
     "group_size": ("grpo_g2", "grpo_g4", "grpo", "grpo_g16"),
     "learning_rate": tuple(name for name in ARMS if "_lr" in name),
+    "token_loss": ("mixed_sequence_mean", "mixed_token_mean"),
 }
 
 
@@ -114,6 +130,7 @@ LEARNING = (
     Column("tokens clipped", mean("policy/clip_frac"), "{:.2%}", "mean"),
     Column("groups kept", mean("rollout/kept_frac"), "{:.2f}", "mean"),
 )
+BY_LENGTH = tuple(Column(f"{n} digits", last(f"accuracy_{n}")) for n in LENGTHS)
 COST = (
     Column("models", models_held, "{:.0f}", "mean"),
     Column("parameters, 1e6", mean("memory/policy_parameters"), "{:.2f}", "mean"),
@@ -139,24 +156,38 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm in arms:
                 run_arm(args.folder, seed, arm)
     else:
-        print(table(args.folder, arms, args.seeds, LEARNING if args.verb == "table" else COST))
+        learning = LEARNING + (BY_LENGTH if args.study == "token_loss" else ())
+        print(table(args.folder, arms, args.seeds, COST if args.verb == "cost" else learning))
 
 
-def run_arm(folder: Path, seed: int, arm: str) -> None:
+def run_arm(folder: Path, seed: int, name: str) -> None:
     """Train one arm with one seed, after the warm start it needs; what is finished is left alone."""
-    home = folder / f"seed{seed}"
-    warm_start(home, seed)
-    config, *changes = ARMS[arm]
-    if config == "dpo.yaml":
-        changes += [f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval")]
+    home, arm = folder / f"seed{seed}", ARMS[name]
+    warm_start(home, seed, arm.warm_start)
+    changes = arm.changes
+    if arm.config == "dpo.yaml":
+        changes += tuple(f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval"))
         make_pairs(home, seed)
-    train(home, arm, seed, config, f"model.path={home}/sft/hf", *changes)
+    train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
+    if arm.warm_start == "sft_mixed":
+        for length in LENGTHS:
+            accuracy_at(home, name, arm, length)
 
 
-def warm_start(home: Path, seed: int) -> None:
+def warm_start(home: Path, seed: int, name: str) -> None:
     if not (home / "model" / "config.json").exists():
         call(sys.executable, "-m", "tools.make_demo_model", str(home / "model"), "--seed", str(seed))
-    train(home, "sft", seed, "sft.yaml", f"model.path={home}/model")
+    train(home, name, seed, "sft.yaml", f"model.path={home}/model", *WARM_STARTS[name])
+
+
+def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:
+    """Ask a trained policy held-out prompts of one length; accuracy_N.json beside its metrics."""
+    path = home / name / f"accuracy_{length}.json"
+    if not path.exists():
+        one_length = (f"data.params.n={length}", f"data.params.min_n={length}", "parallel.ep=1")
+        policy = f"{home}/{name}/hf"
+        changes = (*arm.changes, f"model.path={policy}", *one_length)
+        path.write_text(call(beside_python("mcore-rl"), "evaluate", str(DEMO / arm.config), *changes, "--model", policy))
 
 
 def make_pairs(home: Path, seed: int) -> None:
@@ -181,9 +212,11 @@ def beside_python(command: str) -> str:
     return str(Path(sys.executable).parent / command)
 
 
-def call(*command: str) -> None:
+def call(*command: str) -> str:
+    """Run a command and return what it printed. Raises CalledProcessError where it failed."""
     print(*command, flush=True)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequence[Column]) -> str:
@@ -191,11 +224,19 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
     lines = ["| | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for arm in arms:
         done = [seed for seed in seeds if (folder / f"seed{seed}" / arm / "report.png").exists()]
-        runs = [read_metrics(folder / f"seed{seed}" / arm / "metrics.jsonl") for seed in done]
+        runs = [rows_of(folder / f"seed{seed}" / arm) for seed in done]
         if runs:
             cells = (column.cell(runs) for column in columns)
             lines.append(f"| {arm} | {' '.join(map(str, done))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    """Metrics of a run, in its last row the accuracies that were asked for afterwards."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    for path in run_dir.glob("accuracy_*.json"):
+        rows[-1][path.stem] = json.loads(path.read_text())["eval/accuracy"]
+    return rows
 
 
 if __name__ == "__main__":

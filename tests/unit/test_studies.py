@@ -4,7 +4,20 @@ import json
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import load_config
-from tools.studies import ARMS, COST, DEMO, LEARNING, STUDIES, Column, mean, median, models_held, table
+from tools.studies import (
+    ARMS,
+    BY_LENGTH,
+    COST,
+    DEMO,
+    LEARNING,
+    STUDIES,
+    WARM_STARTS,
+    Column,
+    mean,
+    median,
+    models_held,
+    table,
+)
 
 ROWS = [
     {"step": 0, "eval/accuracy": 0.25, "memory/policy_parameters": 8e5, "memory/critic_parameters": 8e5},
@@ -40,9 +53,13 @@ def test_a_table_has_the_finished_runs_only(tmp_path):
     assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | 0.500 | 0.125 | 0.125 | 3.00% | - |"
     assert "| 2 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
 
+    (tmp_path / "seed0" / "grpo" / "accuracy_20.json").write_text('{"eval/accuracy": 0.5}')
+    assert table(tmp_path, ["grpo"], [0, 1], BY_LENGTH).splitlines()[2] == "| grpo | 0 1 | - | - | 0.50 - |"
+
 
 def test_arms_are_configurations_that_exist():
-    for config, *changes in ARMS.values():
-        fields = dict(load_config(DEMO / config, changes).algorithm)
-        assert fields.pop("name") in available() and load(load_config(DEMO / config).algorithm["name"], **fields)
+    for arm in ARMS.values():
+        fields = dict(load_config(DEMO / arm.config, arm.changes).algorithm)
+        name = fields.pop("name")
+        assert name in available() and load(name, **fields) and arm.warm_start in WARM_STARTS
     assert {arm for arms in STUDIES.values() for arm in arms} == set(ARMS)
