@@ -187,7 +187,8 @@ def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:
         one_length = (f"data.params.n={length}", f"data.params.min_n={length}", "parallel.ep=1")
         policy = f"{home}/{name}/hf"
         changes = (*arm.changes, f"model.path={policy}", *one_length)
-        path.write_text(call(beside_python("mcore-rl"), "evaluate", str(DEMO / arm.config), *changes, "--model", policy))
+        command = ("evaluate", str(DEMO / arm.config), *changes, "--model", policy)
+        path.write_text(call(beside_python("mcore-rl"), *command))
 
 
 def make_pairs(home: Path, seed: int) -> None:
