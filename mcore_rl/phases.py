@@ -215,8 +215,11 @@ def add(sums: Metrics, metrics: dict[str, torch.Tensor]) -> None:
 def sync_weights(run: Run, version: int) -> Metrics:
     """Send the policy to the engine, then check what arrived: both must give the same log-probs on a probe batch.
 
+    Where two experts are chosen within rounding of each other, trainer and engine may differ although their weights are
+    the same, on a few sequences in thousands; so a probe that fails is repeated with others: wrong weights fail again.
+
     Raises:
-        RolloutError: they differ by more than `weight_sync.max_logprob_diff`, on every rank.
+        RolloutError: they differ by more than `weight_sync.max_logprob_diff` on both probes, on every rank.
     """
     config = run.plan.config
     start = time.perf_counter()
@@ -226,10 +229,27 @@ def sync_weights(run: Run, version: int) -> Metrics:
     metrics = {"weight_sync/seconds": time.perf_counter() - start}
     if config.weight_sync.probe_prompts == 0:
         return metrics
+    allowed, diffs = config.weight_sync.max_logprob_diff, []
+    while not diffs or not diffs[-1] <= allowed:
+        if len(diffs) == 2:
+            raise RolloutError(
+                f"weight sync of policy version {version} is wrong: on two probes of "
+                f"{config.weight_sync.probe_prompts} sequences the rollout engine's log-probs differ from the trainer's by up to {diffs[0]:.3g} and "
+                f"{diffs[1]:.3g}, allowed is weight_sync.max_logprob_diff={allowed:g}. "
+                "fp32 differs by about 1e-5, bf16 by up to 1"
+            )
+        diffs.append(probe_difference(run, len(diffs)))
+    return {**metrics, "weight_sync/logprob_max_diff": diffs[-1], "weight_sync/repeated_probes": len(diffs) - 1}
+
+
+def probe_difference(run: Run, number: int) -> float:
+    """The largest difference between the engine's and the trainer's log-probs on probe batch `number` (0, 1, ...)."""
+    config = run.plan.config
     length = min(config.weight_sync.probe_tokens, config.rollout.max_response_tokens)
     params = SamplingParams(temperature=config.rollout.temperature, max_tokens=length)
-    prompts = run.plan.task.eval_prompts(config.weight_sync.probe_prompts)
-    groups = on_rank_0(run.groups, lambda: run.engine.generate(prompts, params, seed=config.seed))
+    count = config.weight_sync.probe_prompts
+    prompts = run.plan.task.eval_prompts(count * (number + 1))[-count:]
+    groups = on_rank_0(run.groups, lambda: run.engine.generate(prompts, params, seed=config.seed + number))
     samples = [
         Sample((*t.prompt_ids, *t.response_ids), len(t.response_ids), 0.0, t.rollout_logprobs)
         for g in groups
@@ -238,14 +258,7 @@ def sync_weights(run: Run, version: int) -> Metrics:
     (batches,) = pack_parts(run, [samples])
     scored = forward_only(replace(run.policy, temperature=config.rollout.temperature), batches)
     diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask] for b, o in zip(batches, scored)]
-    worst = max_over_ranks(run.groups, largest(diffs))
-    if not worst <= config.weight_sync.max_logprob_diff:
-        raise RolloutError(
-            f"weight sync of policy version {version} is wrong: on {len(samples)} probe sequences the rollout engine's "
-            f"log-probs differ from the trainer's by up to {worst:.3g}, allowed is weight_sync.max_logprob_diff="
-            f"{config.weight_sync.max_logprob_diff:g}. fp32 differs by about 1e-5, bf16 by up to 1"
-        )
-    return {**metrics, "weight_sync/logprob_max_diff": worst}
+    return max_over_ranks(run.groups, largest(diffs))
 
 
 def evaluate(run: Run) -> Metrics:

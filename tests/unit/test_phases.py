@@ -7,11 +7,13 @@ import pytest
 import torch
 from loss_batches import cut, make_batch, make_output
 
+from mcore_rl import phases
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.phases import largest, mismatch, pack_parts, token_advantages
+from mcore_rl.phases import largest, mismatch, pack_parts, sync_weights, token_advantages
+from mcore_rl.rollout.engine import RolloutError
 
 
 def one_rank(algorithm):
@@ -41,6 +43,24 @@ def test_mismatch_by_hand_and_without_loss_tokens():
     assert metrics.keys() == want.keys()
     assert all(math.isclose(metrics[k], float(v), rel_tol=1e-5) for k, v in want.items())
     assert mismatch(run, [pack([Sample((5, 6, 1), 0, 0.5, ())], [0.0])]) == {}
+
+
+@pytest.mark.parametrize(
+    "diffs, wrong", [([1e-5], False), ([2e-3, 1e-5], False), ([2e-3, 3e-3], True), ([math.nan, math.nan], True)]
+)
+def test_a_probe_that_fails_is_repeated_once_with_other_sequences(monkeypatch, diffs, wrong):
+    """One expert chosen within rounding of another is no wrong weight; what fails twice is."""
+    asked, run = [], one_rank(load("grpo"))
+    run.transfer = SimpleNamespace(send=lambda version: None)
+    monkeypatch.setattr(phases, "probe_difference", lambda run, number: asked.append(number) or diffs[number])
+    if wrong:
+        with pytest.raises(RolloutError, match="weight sync of policy version 7 is wrong: on two probes"):
+            sync_weights(run, 7)
+    else:
+        metrics = sync_weights(run, 7)
+        assert metrics["weight_sync/logprob_max_diff"] == 1e-5
+        assert metrics["weight_sync/repeated_probes"] == len(diffs) - 1
+    assert asked == list(range(len(diffs)))
 
 
 @pytest.mark.parametrize("name", available())
