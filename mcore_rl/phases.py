@@ -235,8 +235,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
             raise RolloutError(
                 f"weight sync of policy version {version} is wrong: on two probes of "
                 f"{config.weight_sync.probe_prompts} sequences the rollout engine's log-probs differ from the "
-                f"trainer's by up to {diffs[0]:.3g} and {diffs[1]:.3g}, allowed is weight_sync.max_logprob_diff={allowed:g}. "
-                "fp32 differs by about 1e-5, bf16 by up to 1"
+                f"trainer's by up to {diffs[0]:.3g} and {diffs[1]:.3g}, allowed is "
+                f"weight_sync.max_logprob_diff={allowed:g}. fp32 differs by about 1e-5, bf16 by up to 1"
             )
         diffs.append(probe_difference(run, len(diffs)))
     return {**metrics, "weight_sync/logprob_max_diff": diffs[-1], "weight_sync/repeated_probes": len(diffs) - 1}
