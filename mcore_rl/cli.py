@@ -1,4 +1,4 @@
-"""mcore-rl: train, plan, lint, generate, pairs, evaluate."""
+"""mcore-rl: train, plan, lint, generate, pairs, evaluate, convert, verify."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import typer
 
 from mcore_rl.config import ParallelConfig, RunConfig, dump_config, load_config
 from mcore_rl.launch import Nodes, exit_code, tell
+from mcore_rl.weights import commands
 
 if TYPE_CHECKING:
     from mcore_rl.run import Plan
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(commands.app)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file, for example examples/demo/grpo.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value ...")]
@@ -212,12 +214,16 @@ def _engine_plan(asked: RunConfig, model: Path | None) -> Plan:
     return make_plan(asked.model_copy(update=changes), 1)
 
 
-def main() -> None:
-    """Entry point of the console script; exit code 2 is a user's mistake, 1 a failure."""
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of the console script; exit code 2 is a user's mistake, 1 a failure.
+
+    Args:
+        arguments: instead of those of the process.
+    """
     # as torchrun does: threads of several processes on the same cores wait for each other, up to 30 times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
-        app()
+        app(arguments)
     except Exception as error:  # noqa: BLE001  told in words or with its traceback
         tell(error)
         raise SystemExit(exit_code(error)) from None

@@ -28,6 +28,19 @@ class Part(NamedTuple):
     index: tuple[slice | int, ...]
 
 
+class Spans(NamedTuple):
+    """Where a rank's parameter lies in that of one rank alone: these ranges, one after the other, along `dim`.
+
+    Example: the second of two ranks of a gated MLP with F = 8 holds rows 4..8 of the gate and of the up projection
+        >>> gated([(8, 4), (8, 4)], 2, 1).spans
+        Spans(dim=0, length=16, ranges=((4, 8), (12, 16)))
+    """
+
+    dim: int
+    length: int  # of the whole parameter along `dim`; a vocabulary has its padding
+    ranges: tuple[tuple[int, int], ...]  # (low, high)
+
+
 class Cut(NamedTuple):
     """What one rank holds of a row."""
 
@@ -35,6 +48,7 @@ class Cut(NamedTuple):
     fold: Shape
     factors: tuple[Factors, ...]  # of every HF tensor; the same for any number of ranks
     parts: tuple[Part, ...]
+    spans: Spans
 
 
 Split = Callable[[Sequence[Shape], int, int], Cut]  # (HF shapes, number of ranks, this rank) -> what it holds
@@ -62,7 +76,7 @@ class Row:
 def whole(shapes: Sequence[Shape], ranks: int, rank: int) -> Cut:
     """The same tensor on every rank."""
     (shape,) = shapes
-    return Cut(shape, shape, (_plain(shape),), (Part(0, _full(shape), ()),))
+    return Cut(shape, shape, (_plain(shape),), (Part(0, _full(shape), ()),), _slice(0, shape[0], 1, 0))
 
 
 def split(shapes: Sequence[Shape], ranks: int, rank: int, dim: int) -> Cut:
@@ -71,7 +85,7 @@ def split(shapes: Sequence[Shape], ranks: int, rank: int, dim: int) -> Cut:
     size = _share(shape[dim], ranks)
     local = (*shape[:dim], size, *shape[dim + 1 :])
     box = (*_full(shape[:dim]), (rank * size, (rank + 1) * size), *_full(shape[dim + 1 :]))
-    return Cut(local, local, (_plain(shape),), (Part(0, box, ()),))
+    return Cut(local, local, (_plain(shape),), (Part(0, box, ()),), _slice(dim, size, ranks, rank))
 
 
 def gated(shapes: Sequence[Shape], ranks: int, rank: int) -> Cut:
@@ -80,7 +94,9 @@ def gated(shapes: Sequence[Shape], ranks: int, rank: int) -> Cut:
     size = _share(shape[0], ranks)
     box = ((rank * size, (rank + 1) * size), *_full(shape[1:]))
     factors = tuple(_plain(s) for s in shapes)
-    return Cut((2 * size, *shape[1:]), (2, size, *shape[1:]), factors, (Part(0, box, (0,)), Part(1, box, (1,))))
+    ranges = tuple((start + rank * size, start + (rank + 1) * size) for start in (0, shape[0]))
+    parts = (Part(0, box, (0,)), Part(1, box, (1,)))
+    return Cut((2 * size, *shape[1:]), (2, size, *shape[1:]), factors, parts, Spans(0, 2 * shape[0], ranges))
 
 
 def grouped_qkv(shapes: Sequence[Shape], ranks: int, rank: int, groups: int) -> Cut:
@@ -105,7 +121,8 @@ def grouped_qkv(shapes: Sequence[Shape], ranks: int, rank: int, groups: int) -> 
             parts.append(Part(tensor, box, (slice(None), slice(first - low, end - low))))
         start += height
     factors = tuple(((groups, height), *_plain(rest)) for height in heights)
-    return Cut((local_groups * window, *rest), (local_groups, window, *rest), factors, tuple(parts))
+    rows = local_groups * window
+    return Cut((rows, *rest), (local_groups, window, *rest), factors, tuple(parts), _slice(0, rows, ranks, rank))
 
 
 def vocabulary(shapes: Sequence[Shape], ranks: int, rank: int) -> Cut:
@@ -115,7 +132,11 @@ def vocabulary(shapes: Sequence[Shape], ranks: int, rank: int) -> Cut:
     low, high = min(rank * size, shape[0]), min((rank + 1) * size, shape[0])
     local = (size, *shape[1:])
     part = Part(0, ((low, high), *_full(shape[1:])), (slice(0, high - low),))
-    return Cut(local, local, (_plain(shape),), (part,))
+    return Cut(local, local, (_plain(shape),), (part,), _slice(0, size, ranks, rank))
+
+
+def _slice(dim: int, size: int, ranks: int, rank: int) -> Spans:
+    return Spans(dim, size * ranks, ((rank * size, (rank + 1) * size),))
 
 
 def _share(size: int, ranks: int) -> int:

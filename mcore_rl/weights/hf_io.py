@@ -9,6 +9,7 @@ File format: 8 bytes little-endian header length, JSON header, raw row-major dat
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections import defaultdict
@@ -23,12 +24,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mcore_rl.weights.atomic import written_beside
 from mcore_rl.weights.plan import plan
 from mcore_rl.weights.shards import Region, Shard, TensorSpec, hf_regions, hf_shapes, whole_shard
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_OF_WEIGHTS = (".index.json", "metadata.json")  # of safetensors, of a Megatron checkpoint
 _COPIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}  # config, tokenizer, templates, model code
 
 
@@ -48,7 +51,7 @@ def hf_files(path: str | Path) -> dict[str, Path]:
     if not single.is_file():
         raise ValueError(f"model folder {str(folder)!r} has neither {_SINGLE} nor {INDEX}; only safetensors are read")
     with ExitStack() as stack:
-        return dict.fromkeys(_open(single, stack).keys(), single)
+        return dict.fromkeys(open_safetensors(single, stack).keys(), single)
 
 
 def check_hf(path: str | Path, hf_config: Any) -> None:
@@ -60,16 +63,16 @@ def check_hf(path: str | Path, hf_config: Any) -> None:
     regions = {region.hf_name: region for region in hf_regions(hf_config)}
     files = hf_files(path)
     _check_names(path, regions, files)
-    unknown = [name for name in files if name not in regions and not _is_redundant(name)]
+    unknown = [name for name in files if name not in regions and not is_redundant(name)]
     if unknown:
         raise ValueError(
-            f"model folder {str(path)!r} has tensors the model does not: {_some(unknown)}; they would be dropped. "
+            f"model folder {str(path)!r} has tensors the model does not: {some(unknown)}; they would be dropped. "
             "Does config.json belong to these weights?"
         )
     with ExitStack() as stack:
-        opened = {file: _open(file, stack) for file in set(files.values())}
+        opened = {file: open_safetensors(file, stack) for file in set(files.values())}
         for name, region in regions.items():
-            _map_tensor(opened[files[name]], files[name], region)
+            map_tensor(opened[files[name]], files[name], region)
 
 
 @torch.no_grad()
@@ -78,7 +81,8 @@ def load_hf(path: str | Path, shards: Sequence[Shard]) -> None:
 
     Raises:
         ValueError: as `hf_files`; or a tensor is missing, has another shape, is not in its file, or is not a
-            float32, float64, bfloat16 or float16 tensor; names the tensor, what was found and what is needed.
+            float32, float64, bfloat16 or float16 tensor, or has values that are not finite; names the tensor, what was
+            found and what is needed.
     """
     files = hf_files(path)
     by_file: defaultdict[Path, list[Shard]] = defaultdict(list)
@@ -87,9 +91,18 @@ def load_hf(path: str | Path, shards: Sequence[Shard]) -> None:
         by_file[files[shard.hf_name]].append(shard)
     for file, wanted in by_file.items():
         with ExitStack() as stack:
-            opened = _open(file, stack)
-            sources = [_map_tensor(opened, file, shard) for shard in {s.hf_name: s for s in wanted}.values()]
+            opened = open_safetensors(file, stack)
+            sources = [map_tensor(opened, file, shard) for shard in {s.hf_name: s for s in wanted}.values()]
             plan(sources, wanted).execute_local()
+    for shard in shards:
+        check_finite(shard.hf_name, shard.view)
+
+
+def check_finite(name: str, values: Tensor) -> None:
+    """Raises ValueError if a value is NaN or infinite."""
+    if values.numel() and not all(math.isfinite(end) for end in torch.aminmax(values)):
+        bad = values.numel() - int(values.isfinite().sum())
+        raise ValueError(f"tensor {name!r} has {bad} values that are NaN or infinite; the weights are broken")
 
 
 def save_hf(
@@ -97,18 +110,18 @@ def save_hf(
     hf_config: Any,
     source_dir: str | Path,
     tensors: Iterable[tuple[str, Tensor]],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> Path:
     """Write a complete HF folder that transformers and vLLM load, or nothing.
 
-    The folder is written as `<out_dir>.partial` and renamed when it is complete and on disk. A model folder that is
-    already at `out_dir` is replaced.
+    The folder is renamed into place when it is complete and on disk. A model folder that is already at `out_dir` is
+    replaced.
 
     Args:
         source_dir: HF folder whose config, tokenizer, generation config and templates are copied.
         tensors: (name, full tensor) of every name in `hf_shapes(hf_config)`, in any order, each once.
-        dtype: of the tensors on disk (those of fixed dtype keep it); None: of the first tensor.
+        dtype: of the tensors on disk (those of fixed dtype keep it), or of each by its name; None: of the first tensor.
         max_shard_bytes: a larger model is split into several files with an index.
 
     Raises:
@@ -123,27 +136,15 @@ def save_hf(
     if dtype is None:
         first = next(iterator := iter(tensors))
         dtype, tensors = first[1].dtype, chain([first], iterator)
-    specs = hf_shapes(hf_config, dtype)
-    needed = sum(_nbytes(spec) for spec in specs.values())
-    partial = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
-            raise ValueError(
-                f"disk full: {str(out)!r} needs {needed} bytes and {free} are free; free space or choose another path"
-            )
+    if isinstance(dtype, Mapping):
+        specs = {name: TensorSpec(spec.shape, dtype[name]) for name, spec in hf_shapes(hf_config).items()}
+        dtype = main_dtype(specs)
+    else:
+        specs = hf_shapes(hf_config, dtype)
+    needed = sum(nbytes(spec) for spec in specs.values())
+    with written_beside(out, needed) as partial:
         _write_weights(partial, specs, tensors, max_shard_bytes)
-        _copy_rest(source, partial, dtype)
-        _swap(partial, out)
-    except OSError as error:
-        free = shutil.disk_usage(next(p for p in out.resolve().parents if p.is_dir())).free
-        raise ValueError(
-            f"cannot write {str(out)!r}: {error.strerror or error} (the weights need {needed} bytes, {free} are free)"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        copy_description(source, partial, dtype)
     return out
 
 
@@ -172,7 +173,7 @@ def _write_weights(
             slot.file.seek(slot.offset)
             slot.file.write(data.view(-1).view(torch.uint8).numpy())
         if slots:
-            raise ValueError(f"tensors were not written: {_some(list(slots))}")
+            raise ValueError(f"tensors were not written: {some(list(slots))}")
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -183,7 +184,7 @@ def _lay_out(folder: Path, specs: Mapping[str, TensorSpec], limit: int, stack: E
     bins: list[dict[str, TensorSpec]] = [{}]
     used = 0
     for name, spec in specs.items():
-        size = _nbytes(spec)
+        size = nbytes(spec)
         if bins[-1] and used + size > limit:
             bins.append({})
             used = 0
@@ -197,7 +198,7 @@ def _lay_out(folder: Path, specs: Mapping[str, TensorSpec], limit: int, stack: E
         file = stack.enter_context((folder / file_name).open("wb"))
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, spec in members.items():
-            end = offset + _nbytes(spec)
+            end = offset + nbytes(spec)
             header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -206,17 +207,18 @@ def _lay_out(folder: Path, specs: Mapping[str, TensorSpec], limit: int, stack: E
         for name, spec in members.items():
             slots[name] = _Slot(file, 8 + len(text) + header[name]["data_offsets"][0], spec)
     if len(bins) > 1:
-        total = sum(_nbytes(spec) for spec in specs.values())
+        total = sum(nbytes(spec) for spec in specs.values())
         weight_map = {name: file_name for file_name, members in zip(names, bins, strict=True) for name in members}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return slots
 
 
-def _copy_rest(source: Path, folder: Path, dtype: torch.dtype) -> None:
-    """Everything beside the weights; config.json names the dtype that was written."""
+def copy_description(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy everything beside the weights: config (with the dtype that is written), tokenizer, generation config,
+    templates, model code."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and file.suffix in _COPIED and not file.name.endswith(".index.json"):
+        if file.is_file() and file.suffix in _COPIED and not file.name.endswith(_OF_WEIGHTS):
             shutil.copyfile(file, folder / file.name)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", folder / "additional_chat_templates")
@@ -225,17 +227,7 @@ def _copy_rest(source: Path, folder: Path, dtype: torch.dtype) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _swap(partial: Path, out: Path) -> None:
-    """Put the complete folder at its name; an old one is moved away first and removed last."""
-    old = out.with_name(out.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _map_tensor(opened: Any, file: Path, region: Region) -> Shard:
+def map_tensor(opened: Any, file: Path, region: Region) -> Shard:
     """The whole tensor as a memory-mapped shard."""
     try:
         tensor = opened.get_tensor(region.hf_name)
@@ -254,11 +246,26 @@ def _map_tensor(opened: Any, file: Path, region: Region) -> Shard:
         raise ValueError(f"{str(file)!r}: {error}") from None
 
 
-def _open(file: Path, stack: ExitStack) -> Any:
+def open_safetensors(file: Path, stack: ExitStack) -> Any:
+    """A file's header, the file mapped. Raises ValueError if it is not complete; names the tensors that are cut off."""
     try:
         return stack.enter_context(safe_open(file, framework="pt"))
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{str(file)!r} is not a complete safetensors file: {error}") from error
+        lost = _cut_off(file)
+        what = f"; cut off: {some(lost)}" if lost else ""
+        raise ValueError(f"{str(file)!r} is not a complete safetensors file: {error}{what}") from error
+
+
+def _cut_off(file: Path) -> list[str]:
+    """Tensors whose data lies beyond the end of a file; none where not even the header can be read."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size)) if size < file.stat().st_size else {}
+        ends = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name, end in ends.items() if 8 + size + end > file.stat().st_size]
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
@@ -270,7 +277,7 @@ def _read_index(folder: Path) -> dict[str, Path]:
         raise ValueError(f"index {str(path)!r} is corrupt: {type(error).__name__}: {error}") from error
     absent = sorted({file.name for file in files.values() if not file.is_file()})
     if absent:
-        raise ValueError(f"index {str(path)!r} names files that do not exist: {_some(absent)}")
+        raise ValueError(f"index {str(path)!r} names files that do not exist: {some(absent)}")
     return files
 
 
@@ -278,19 +285,29 @@ def _check_names(path: str | Path, needed: Mapping[str, Any], present: Mapping[s
     missing = [name for name in needed if name not in present]
     if missing:
         raise ValueError(
-            f"model folder {str(path)!r} lacks tensors the model needs: {_some(missing)}. "
+            f"model folder {str(path)!r} lacks tensors the model needs: {some(missing)}. "
             "Does config.json (layers, experts, tie_word_embeddings) belong to these weights?"
         )
 
 
-def _is_redundant(name: str) -> bool:
+def is_redundant(name: str) -> bool:
     """Tensors some writers add and every reader ignores: rotary tables, the second name of a tied embedding."""
     return name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight"
 
 
-def _nbytes(spec: TensorSpec) -> int:
+def main_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype:
+    """The dtype of most bytes: what config.json names."""
+    total: defaultdict[torch.dtype, int] = defaultdict(int)
+    for spec in specs.values():
+        total[spec.dtype] += nbytes(spec)
+    return max(total, key=total.__getitem__)
+
+
+def nbytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor."""
     return torch.Size(spec.shape).numel() * spec.dtype.itemsize
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, quoted."""
     return ", ".join(repr(n) for n in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

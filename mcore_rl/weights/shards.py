@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mcore_rl.weights.cuts import Box, Cut, Factors, Row, Shape, whole
+from mcore_rl.weights.cuts import Box, Cut, Factors, Row, Shape, Spans, whole
 from mcore_rl.weights.families import LAYER, Family, family
 
 
@@ -68,6 +68,7 @@ class Placement(Region):
     param_shape: Shape
     fold: Shape
     index: tuple[slice | int, ...]
+    spans: Spans
 
     def bind(self, param: Tensor) -> Shard:
         """A live view of this region in `param` (shape `param_shape`)."""
@@ -271,6 +272,7 @@ def _place(row: Row, prefix: str, hf_prefix: str, layout: Any, at: Any, rank: in
                 param_shape=cut.param_shape,
                 fold=cut.fold,
                 index=part.index,
+                spans=cut.spans,
             )
 
 
