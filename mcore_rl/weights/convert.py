@@ -1,4 +1,4 @@
-"""Hugging Face folder <-> Megatron checkpoint, and Megatron from layout to layout: one process, one parameter at a time.
+"""Hugging Face folder <-> Megatron checkpoint, and between Megatron layouts: one process, one parameter at a time.
 
 No process group, no GPU and no model are made, so a layout of a thousand ranks is written on a laptop. All directions
 are the same two steps: `StoredWeights.read` gives a parameter's HF tensors as views, the plan copies them.
