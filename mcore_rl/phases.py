@@ -77,7 +77,8 @@ def pack_parts(run: Run, parts: list[list[Sample]], unit: int = 1) -> MiniBatche
             num_ranks=layout.dp,
             budget=config.batch.micro_batch_tokens,
             max_response=config.rollout.max_response_tokens,
-            multiple=layout.tp,
+            multiple=layout.batch_multiple,
+            segment_multiple=layout.segment_multiple,
             rounds=layout.pp if layout.vpp > 1 else 1,
             unit=unit,
         )
@@ -284,8 +285,8 @@ def evaluate(run: Run) -> Metrics:
 
 
 def reports(run: Run) -> bool:
-    """Whether this rank's token sums count: one rank of every tensor-parallel group of the last pipeline stage."""
-    return run.groups.is_pipeline_last and run.groups.coords.tp == 0
+    """Whether this rank's token sums count: of the ranks that know the same numbers, one a micro-batch."""
+    return run.groups.reports
 
 
 def step_seed(config: RunConfig, step: int) -> int:

@@ -58,7 +58,8 @@ def sequences(batch: PackedBatch) -> Iterator[tuple[bytes, Tensor]]:
     for a, b in zip(bounds, bounds[1:]):
         places = a + mask[a:b].nonzero()[:, 0]
         if len(places):
-            yield digest_of(torch.cat([token_ids[a:b], targets[b - 1 : b]]), len(places)), places
+            end = int(places[-1]) + 1  # what follows fills the segment up
+            yield digest_of(torch.cat([token_ids[a:end], targets[end - 1 : end]]), len(places)), places
 
 
 def digest_of(tokens: Tensor, num_response: int) -> bytes:

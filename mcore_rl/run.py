@@ -279,7 +279,7 @@ def evaluation_sampling(config: RunConfig) -> SamplingParams:
 
 def precomputes_reference(plan: Plan) -> bool:
     """Whether all that the reference will be asked is known before training, see `mcore_rl.reference`."""
-    return "pairs" in plan.algorithm.needs and plan.config.reference.precompute and plan.layout.cp == 1
+    return "pairs" in plan.algorithm.needs and plan.config.reference.precompute
 
 
 def load_reference(plan: Plan, groups: Groups) -> Policy:

@@ -102,7 +102,8 @@ class RolloutGroup:
 class PackedBatch:
     """One micro-batch: S sequences laid end to end, position t predicts `targets[t]`.
 
-    A sequence of n tokens takes n-1 positions: its last token is only ever a target.
+    A sequence of n tokens takes n-1 positions: its last token is only ever a target. Positions that fill a segment up
+    to a length that the layout divides come last in it, and segments without loss tokens fill the batch up.
 
     Example: prompt (5, 6), response (7, 1) is one segment of three positions
         token_ids [5, 6, 7], targets [6, 7, 1], loss_mask [False, True, True], cu_seqlens [0, 3].

@@ -40,7 +40,7 @@ def each_world(argument: str, body: Callable[[dict[str, Any], Any], None]) -> No
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # torchrun's store keeps the keys of the previous world
     for case, port in json.loads(argument):
         os.environ["MASTER_PORT"] = str(port)
-        groups = process_groups.init(ParallelLayout(**case["layout"]), timeout_s=60, seed=0)
+        groups = process_groups.init(ParallelLayout(**case["layout"]), timeout_s=300, seed=0)
         try:
             body(case, groups)
         finally:

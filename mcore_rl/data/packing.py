@@ -113,6 +113,7 @@ def pack_mini_batch(
     budget: int,
     max_response: int,
     multiple: int = 1,
+    segment_multiple: int = 1,
     rounds: int = 1,
     unit: int = 1,
 ) -> list[PackedBatch]:
@@ -124,6 +125,7 @@ def pack_mini_batch(
         budget: positions of one micro-batch.
         max_response: longest response allowed, the constant of `aggregation="constant"`.
         multiple: micro-batches are filled up to a multiple of this (sequence parallelism cuts them into tp parts).
+        segment_multiple: so is every sequence (context parallelism cuts each into 2*cp parts); `multiple` is one of it.
         rounds: their number is a multiple of this (the interleaved pipeline schedule works in rounds of pp).
         unit: this many consecutive samples share a micro-batch, next to each other.
     """
@@ -133,7 +135,7 @@ def pack_mini_batch(
         lengths, algorithm.aggregation, max_length=max_response, group_lengths=of_groups
     ).tolist()
     units = [samples[i : i + unit] for i in range(0, len(samples), unit)]
-    positions = [sum(s.positions for s in u) for u in units]
+    positions = [sum(_filled_up(s.positions, segment_multiple) for s in u) for u in units]
     mine = balance(positions, num_ranks, budget, rounds)[rank]
     # a bin without a sequence still takes part in every collective: the shortest ones, with weight 0
     idle = [_untrained(s) for s in units[positions.index(min(positions))]]
@@ -142,11 +144,16 @@ def pack_mini_batch(
             pack(
                 [s for u in b for s in units[u]] or idle,
                 [weights[unit * u + k] for u in b for k in range(unit)] or [0.0] * unit,
+                segment_multiple,
             ),
             multiple,
         )
         for b in mine
     ]
+
+
+def _filled_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _untrained(sample: Sample) -> Sample:
@@ -156,10 +163,11 @@ def _untrained(sample: Sample) -> Sample:
 def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
     """The batch with one more segment, without loss tokens, that fills its positions up to a multiple of `multiple`."""
     total = batch.token_ids.numel()
-    missing = -total % multiple
+    missing = _filled_up(total, multiple) - total
     if missing == 0:
         return batch
-    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=_filler_routes(batch, missing))], [0.0])
+    routes = None if batch.rollout_expert_ids is None else _filler_routes(batch.rollout_expert_ids, missing)
+    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=routes)], [0.0])
     joined = {
         f.name: torch.cat([getattr(batch, f.name), getattr(filler, f.name)])
         for f in fields(batch)
@@ -170,18 +178,24 @@ def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
     return PackedBatch(**joined)
 
 
-def _filler_routes(batch: PackedBatch, count: int) -> Tensor | None:
-    """Possible routes for tokens that mean nothing, as spread over the experts as those of the batch."""
-    routes = batch.rollout_expert_ids
-    return None if routes is None else routes[torch.arange(count) % len(routes)]
+def _filler_routes(routes: Tensor, count: int) -> Tensor:
+    """Possible routes for tokens that mean nothing, as spread over the experts as the given ones [n, L, K]."""
+    return routes[torch.arange(count) % len(routes)]
 
 
-def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
-    """Lay sequences end to end; `weights` holds the loss weight of a response token of each."""
-    positions = [s.positions for s in samples]
+def pack(samples: Sequence[Sample], weights: Sequence[float], segment_multiple: int = 1) -> PackedBatch:
+    """Lay sequences end to end.
+
+    Args:
+        weights: the loss weight of a response token of each.
+        segment_multiple: sequences are filled up to a multiple of this by tokens behind their end, where causal
+            attention hides them. The longest sequence gives a padded batch.
+    """
+    fillers = [_filled_up(s.positions, segment_multiple) - s.positions for s in samples]
+    positions = [s.positions + filler for s, filler in zip(samples, fillers)]
     total = sum(positions)
     segment_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(positions))
-    loss_mask = torch.cat([torch.arange(s.positions) >= s.positions - s.num_response for s in samples])
+    loss_mask = torch.cat([_response_mask(s, filler) for s, filler in zip(samples, fillers)])
 
     def spread(values: Sequence[float]) -> Tensor:
         return torch.where(loss_mask, torch.tensor(values)[segment_ids], 0.0)
@@ -189,8 +203,8 @@ def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
     rollout_logprobs = torch.zeros(total)
     rollout_logprobs[loss_mask] = torch.tensor([x for s in samples for x in s.rollout_logprobs])
     return PackedBatch(
-        token_ids=torch.tensor([t for s in samples for t in s.token_ids[:-1]]),
-        targets=torch.tensor([t for s in samples for t in s.token_ids[1:]]),
+        token_ids=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[:-1], *(0,) * n)]),
+        targets=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[1:], *(0,) * n)]),
         positions=torch.cat([torch.arange(n) for n in positions]),
         segment_ids=segment_ids,
         loss_mask=loss_mask,
@@ -199,11 +213,17 @@ def pack(samples: Sequence[Sample], weights: Sequence[float]) -> PackedBatch:
         advantages=spread([s.advantage for s in samples]),
         old_logprobs=torch.zeros(total),
         rollout_logprobs=rollout_logprobs,
-        rollout_expert_ids=_joined_routes(samples),
+        rollout_expert_ids=_joined_routes(samples, fillers),
     )
 
 
-def _joined_routes(samples: Sequence[Sample]) -> Tensor | None:
+def _response_mask(sample: Sample, filler: int) -> Tensor:
+    place = torch.arange(sample.positions + filler)
+    return (place >= sample.positions - sample.num_response) & (place < sample.positions)
+
+
+def _joined_routes(samples: Sequence[Sample], fillers: Sequence[int]) -> Tensor | None:
     routes = [s.expert_ids for s in samples if s.expert_ids is not None]
     assert len(routes) in (0, len(samples)), "some sequences of a batch have routes, others none"
-    return torch.cat(routes) if routes else None
+    filled = [r for own, count in zip(routes, fillers) for r in (own, _filler_routes(own, count))]
+    return torch.cat(filled) if filled else None

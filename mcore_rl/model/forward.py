@@ -1,21 +1,31 @@
-"""Run packed micro-batches through a Megatron model: hidden states -> log-probs -> loss, under any schedule."""
+"""Run packed micro-batches through a Megatron model: hidden states -> log-probs -> loss, under any schedule.
+
+Under context parallelism a rank passes its share of the tokens through the model. The numbers read off the hidden
+states, a few a token, are then put together on all context ranks, so that each of them computes the whole loss: losses,
+metrics and everything before and after them see whole micro-batches in every layout.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 from torch.nn import Module
 
 from mcore_rl.functional.logprob import token_logprobs
+from mcore_rl.parallel.context import context_ranks
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
 from moe.adapters.megatron import Passage, Recorded, Routers
@@ -29,7 +39,10 @@ class Model(Protocol):
     routers: Routers | None  # where there are, a batch that holds expert_ids is routed by them
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
-        """From the last chunk's hidden states, [T, 1, D] or under sequence parallelism this rank's [T/tp, 1, D]."""
+        """From the last chunk's hidden states, [T, 1, D] or under sequence parallelism this rank's [T/tp, 1, D].
+
+        Under context parallelism `batch` has the targets and the mask of this rank's tokens, and T is their number.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,8 @@ def forward_backward(
         One detached LossOutput a micro-batch on the last pipeline stage, an empty list elsewhere.
     """
     # The schedule divides a loss by the number of micro-batches and multiplies it by cp; DDP divides by dp * cp.
-    # Our losses are shares that add up, so both averages are undone here.
+    # Our losses are shares that add up, so both averages are undone here. Every context rank has the whole loss, but
+    # its gradient through that rank's tokens alone: the sum over them is the gradient once.
     scale = len(batches) * model.groups.layout.dp
 
     def reduce(batch: PackedBatch, out: PolicyOutput):
@@ -139,9 +153,10 @@ def _keep(batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, PolicyOutput]:
 
 
 def _passage(model: Model, batch: PackedBatch, statistics: bool = False) -> Passage:
+    rows = _held_rows(model.groups, batch)
     if batch.expert_ids is not None:
-        return model.routers.replay(batch.expert_ids, statistics=statistics)
-    return model.routers.record(batch.token_ids.numel(), statistics=statistics, device=batch.token_ids.device)
+        return model.routers.replay(batch.expert_ids, rows, statistics=statistics)
+    return model.routers.record(batch.token_ids.numel(), rows, statistics=statistics, device=batch.token_ids.device)
 
 
 def _run(
@@ -183,5 +198,29 @@ def _forward_step(
     )
     if passage is not None:
         passage.put_on(packed)
-    hidden = chunk(batch.token_ids[None], batch.positions[None], None, packed_seq_params=packed)
-    return hidden, lambda out: reduce(batch, model.read(chunk, batch, out))
+    rows = _held_rows(model.groups, batch)
+    held = batch if rows is None else _held(batch, rows)
+    hidden = chunk(held.token_ids[None], held.positions[None], None, packed_seq_params=packed)
+    return hidden, lambda out: reduce(batch, _whole(model.read(chunk, held, out), rows, batch, model.groups))
+
+
+def _held_rows(groups: Groups, batch: PackedBatch) -> Tensor | None:
+    """[T/cp], which tokens of the batch this context rank holds; None: all."""
+    if groups.layout.cp == 1:
+        return None
+    return (context_ranks(batch.cu_seqlens, groups.layout.cp) == groups.coords.cp).nonzero()[:, 0]
+
+
+def _held(batch: PackedBatch, rows: Tensor) -> PackedBatch:
+    """What the model takes of the batch and `read` looks at, for some of its tokens."""
+    names = ("token_ids", "positions", "targets", "loss_mask")
+    return replace(batch, **{name: getattr(batch, name)[rows] for name in names})
+
+
+def _whole(out: PolicyOutput, rows: Tensor | None, batch: PackedBatch, groups: Groups) -> PolicyOutput:
+    """The same of all tokens of the batch, on every context rank; gradients go to the rank that holds a token."""
+    if rows is None:
+        return out
+    held = torch.stack([x for x in (out.logprobs, out.entropy, out.values) if x is not None], dim=1)
+    zeros = held.new_zeros(batch.token_ids.numel(), held.shape[1])
+    return PolicyOutput(*reduce_from_tensor_model_parallel_region(zeros.index_put((rows,), held), groups.cp).unbind(1))

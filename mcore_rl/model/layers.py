@@ -27,6 +27,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron.core.utils import divide
 from torch import Tensor
 
+from mcore_rl.parallel.context import context_ranks
+
 LENGTH_STEP = 8  # tokens
 
 
@@ -72,14 +74,44 @@ class SegmentBatches:
         return cls(shapes, torch.cat(take).to(cu_seqlens.device), place.to(cu_seqlens.device))
 
 
+@dataclass(frozen=True)
+class ContextBatches:
+    """Packed segments under context parallelism, laid out as one dense batch a length: a rank's queries of a segment
+    against all keys of it. Keys and values come from all ranks, one rank after the other.
+
+    `counts` segments have the length of each mask [queries, keys], which says what a query may see.
+    """
+
+    counts: tuple[int, ...]
+    masks: tuple[Tensor, ...]
+    take_query: Tensor  # [t] held tokens in the order of the batches
+    take_key: Tensor  # [T] gathered tokens in the order of the batches
+    place: Tensor  # [t] the place in the batches of each held token
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, cp: int, rank: int) -> ContextBatches:
+        """cu_seqlens [S+1]: bounds of the segments over all ranks; empty ones are skipped."""
+        owner, lengths = context_ranks(cu_seqlens, cp), cu_seqlens.diff().long()
+        gathered = owner.argsort(stable=True).argsort()  # the place of each token where the ranks' shares are joined
+        order = lengths.repeat_interleave(lengths).argsort(stable=True)
+        take_query = gathered[order[owner[order] == rank]] - rank * (len(owner) // cp)
+        masks, counts = [], []
+        for length, count in zip(*lengths[lengths > 0].unique(return_counts=True)):
+            keys = torch.arange(int(length), device=owner.device)
+            queries = keys[context_ranks(torch.stack([length * 0, length]), cp) == rank]
+            masks.append(queries[:, None] >= keys)
+            counts.append(int(count))
+        return cls(tuple(counts), tuple(masks), take_query, gathered[order], take_query.argsort())
+
+
 class SdpaAttention(MegatronModule):
     """Core attention on torch's scaled_dot_product_attention: causal, dense [s, b] batches or packed segments.
 
-    Under context parallelism each rank holds chunks r and 2*cp-1-r of the sequence (Megatron's zig-zag), gathers all
-    keys and values and masks; its memory grows with s^2 / cp.
+    Under context parallelism each rank holds two chunks of every packed sequence (`parallel.context`), gathers all keys
+    and values and masks; the memory of a sequence grows with s^2 / cp.
 
     Raises:
-        ValueError: an attention mask or bias, or packed segments under context parallelism.
+        ValueError: an attention mask or bias, or dense batches under context parallelism.
     """
 
     def __init__(
@@ -118,7 +150,7 @@ class SdpaAttention(MegatronModule):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         if self.cp_group is not None:
-            return self._context_parallel(query, key, value)
+            raise ValueError("under context parallelism SdpaAttention takes packed sequences; pass packed_seq_params")
         return self._dense(query, key, value)
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -134,10 +166,7 @@ class SdpaAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
         if self.cp_group is not None:
-            raise ValueError(
-                f"packed sequences under context parallelism (cp={self.cp_group.size()}) need TransformerEngine's "
-                "attention; set parallel.cp=1 or model.spec=transformer_engine"
-            )
+            return self._context_parallel(query, key, value, params)
         batches = getattr(params, "segment_batches", None)
         if batches is None:
             # Kept on the micro-batch's own object: all layers and the recomputation see the same segments.
@@ -153,12 +182,25 @@ class SdpaAttention(MegatronModule):
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out if batches.place is None else out.index_select(0, batches.place)
 
-    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        size, rank, chunk = self.cp_group.size(), self.cp_group.rank(), query.shape[0] // 2
-        key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
-        positions = torch.arange(2 * size * chunk, device=query.device).view(2 * size, chunk)
-        of_rank = [torch.cat([positions[r], positions[2 * size - 1 - r]]) for r in range(size)]
-        return self._dense(query, key, value, mask=of_rank[rank][:, None] >= torch.cat(of_rank)[None])
+    def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, params: PackedSeqParams) -> Tensor:
+        batches = getattr(params, "context_batches", None)
+        if batches is None:
+            batches = params.context_batches = ContextBatches.from_cu_seqlens(
+                params.cu_seqlens_q, self.cp_group.size(), self.cp_group.rank()
+            )
+        key, value = (
+            _rows(gather_from_sequence_parallel_region(x, group=self.cp_group), batches.take_key) for x in (key, value)
+        )
+        query = _rows(query, batches.take_query)
+        held = [count * len(mask) for count, mask in zip(batches.counts, batches.masks)]
+        read = [count * mask.shape[1] for count, mask in zip(batches.counts, batches.masks)]
+        outs = []
+        for count, mask, *qkv in zip(
+            batches.counts, batches.masks, query.split(held), key.split(read), value.split(read), strict=True
+        ):
+            out = self._dense(*(x.unflatten(0, (count, -1)).transpose(0, 1) for x in qkv), mask=mask)
+            outs.append(out.transpose(0, 1).flatten(0, 1))
+        return torch.cat(outs).index_select(0, batches.place)
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:

@@ -56,6 +56,11 @@ class Groups:
     def is_pipeline_last(self) -> bool:
         return self.coords.pp == self.layout.pp - 1
 
+    @property
+    def reports(self) -> bool:
+        """Whether this is the one of the ranks that share micro-batches whose results count."""
+        return self.is_pipeline_last and self.coords.tp == 0 and self.coords.cp == 0
+
 
 def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
     """Join all ranks: NCCL with CUDA, else gloo. One process without torchrun's environment makes its own world.

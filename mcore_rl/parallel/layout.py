@@ -9,6 +9,7 @@ dp x cp x tp, expert layers see the same ranks as edp x ep x etp:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,16 @@ class ParallelLayout:
     def edp(self) -> int:
         """Copies of every expert."""
         return self.stage_size // (self.ep * self.etp)
+
+    @property
+    def segment_multiple(self) -> int:
+        """Sequences of a packed batch are as long as a multiple of this: context ranks hold two chunks of each."""
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def batch_multiple(self) -> int:
+        """Packed batches are as long as a multiple of this: sequence parallelism cuts a context rank's share again."""
+        return math.lcm(self.segment_multiple, self.cp * self.tp)
 
     def coords(self, rank: int) -> RankCoords:
         """Position of a global rank. Raises ValueError outside 0..world_size-1."""

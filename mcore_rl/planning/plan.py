@@ -44,7 +44,7 @@ def _models(config: RunConfig) -> Models:
         scorers["critic"] = critic if is_scorer(critic) else as_scorer(critic)
     if "discriminator" in algorithm.needs:
         scorers["discriminator"] = as_scorer(policy)
-    precomputed = "pairs" in algorithm.needs and config.reference.precompute and config.parallel.cp == 1
+    precomputed = "pairs" in algorithm.needs and config.reference.precompute
     if "reference" in algorithm.needs and not precomputed:
         frozen["reference"] = policy
     if config.reward_model.path is not None:

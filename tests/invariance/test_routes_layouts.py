@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training_layouts import gather_logprobs, gradients, make_samples, relative
+from frozen_rollout import from_all_ranks, gather_logprobs, gradients, make_samples, relative, sequences
 from tiny_models import save_tiny_hf
 from worlds import each_world, run_worlds, slug
 
@@ -25,7 +25,9 @@ CASES = {
         dict(layout=dict(tp=2, ep=2), budget=60),
         dict(layout=dict(pp=2), budget=60, recompute="full"),
         dict(layout=dict(pp=2, vpp=2), budget=40, recompute="full"),
+        dict(layout=dict(cp=2, ep=2), budget=60, recompute="full"),
     ],
+    4: [dict(layout=dict(cp=2, tp=2, ep=2), budget=60), dict(layout=dict(cp=2, pp=2), budget=60)],
 }
 
 
@@ -53,11 +55,11 @@ def run_case(case: dict, groups) -> None:
     training = build_training(chunks, OptimizerConfig(), ParallelConfig(), total_steps=100)
     exporter = WeightExporter(chunks, hf_config, groups)
     policy = Policy(training.chunks, groups, hf_config.vocab_size, routers=routers_of(training.chunks, groups))
-    contributes = groups.is_pipeline_last and groups.coords.tp == 0
     algorithm = algorithms.load("grpo", entropy_coef=0.01)
     packed = pack_mini_batch(
         make_samples(), algorithm, rank=groups.coords.dp, num_ranks=layout.dp, budget=case["budget"],
-        max_response=16, multiple=layout.tp, rounds=layout.pp if layout.vpp > 1 else 1,
+        max_response=16, multiple=layout.batch_multiple,
+        segment_multiple=layout.segment_multiple, rounds=layout.pp if layout.vpp > 1 else 1,
     )  # fmt: skip
     longest = max(b.token_ids.numel() for b in packed) if layout.pp > 1 else 1
     natural = [replace(b, old_logprobs=b.rollout_logprobs) for b in (pad(b, longest) for b in packed)]
@@ -71,19 +73,15 @@ def run_case(case: dict, groups) -> None:
     def grads(batches) -> dict:
         training.zero_grad()
         forward_backward(policy, batches, algorithm.loss)
-        kept = [p.data.clone() for c in chunks for p in c.parameters()]
-        found = gradients(chunks, exporter)
-        for p, w in zip((p for c in chunks for p in c.parameters()), kept):
-            p.data.copy_(w)
-        return found
+        return gradients(chunks, exporter)
 
     own_grads, natural_grads = grads(own), grads(natural)
     assert all(torch.equal(own_grads[name], grad) for name, grad in natural_grads.items())
     foreign = [replace(b, expert_ids=foreign_routes(b)) for b in natural]
     results = {
-        "facts": gather_facts(natural, recorded, contributes),
-        "logprobs": gather_logprobs(policy, foreign, forward_only, groups, contributes),
-        "own_logprobs": gather_logprobs(policy, natural, forward_only, groups, contributes),
+        "facts": gather_facts(natural, recorded, groups),
+        "logprobs": gather_logprobs(policy, foreign, groups),
+        "own_logprobs": gather_logprobs(policy, natural, groups),
         "grads": grads(foreign),
         "own_grads": own_grads,
     }
@@ -99,18 +97,13 @@ def foreign_routes(batch) -> torch.Tensor:
     return torch.stack([first, second % EXPERTS], dim=-1).to(torch.uint8)
 
 
-def gather_facts(batches, recorded, contributes) -> dict[tuple, dict[str, torch.Tensor]]:
+def gather_facts(batches, recorded, groups) -> dict[tuple, dict[str, torch.Tensor]]:
     """What the routers did, by the targets of each sequence, from all ranks."""
-    import torch.distributed as dist
-
     mine = {}
     for batch, facts in zip(batches, recorded, strict=True):
-        for a, b in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist()):
-            if contributes and batch.loss_mask[a:b].any():
-                mine[tuple(batch.targets[a:b].tolist())] = {k: v[a:b] for k, v in vars(facts).items()}
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return {k: v for part in everyone for k, v in part.items()}
+        for targets, where in sequences(batch) if groups.reports else ():
+            mine[targets] = {k: v[where] for k, v in vars(facts).items()}
+    return from_all_ranks(mine)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tests

@@ -27,15 +27,19 @@ from mcore_rl.weights.shards import megatron_shards
 
 # after mcore_rl.parallel, which installs the CPU backend
 from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 LENGTH, SEQUENCES = 32, 2
 
 
-def zigzag(x: Tensor, at: Groups) -> Tensor:
-    """This context rank's columns of x [b, s]: chunks r and 2*cp-1-r."""
+def held(x: Tensor, at: Groups) -> Tensor:
+    """x [b, s], or under context parallelism, where sequences must be packed, this rank's tokens of them, [1, b*s/cp]:
+    chunks r and 2*cp-1-r of each."""
+    if at.layout.cp == 1:
+        return x
     chunks = x.chunk(2 * at.layout.cp, dim=1)
-    return torch.cat([chunks[at.coords.cp], chunks[-1 - at.coords.cp]], dim=1)
+    return torch.cat([chunks[at.coords.cp], chunks[-1 - at.coords.cp]], dim=1).flatten(0, 1)[None]
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -48,7 +52,14 @@ def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 def max_difference(chunks: list[PolicyModel], at: Groups, ids: Tensor, expected: Tensor) -> float | None:
     """Of the logits to transformers' on the last stage, None elsewhere."""
     positions = torch.arange(LENGTH).expand(SEQUENCES, -1)
-    local = [zigzag(x, at) for x in (ids, positions)]
+    local = [held(x, at) for x in (ids, positions)]
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=torch.arange(SEQUENCES + 1) * LENGTH,
+        cu_seqlens_kv=torch.arange(SEQUENCES + 1) * LENGTH,
+        max_seqlen_q=LENGTH,
+        max_seqlen_kv=LENGTH,
+    )
     found = []
 
     def collect(model: PolicyModel, hidden: Tensor):
@@ -56,21 +67,22 @@ def max_difference(chunks: list[PolicyModel], at: Groups, ids: Tensor, expected:
             hidden = all_gather(hidden, at.tp, dim=0)
         logits = (hidden @ model.output_weight().T).transpose(0, 1)
         logits = all_gather(logits, at.tp, dim=2) if at.layout.tp > 1 else logits
-        found.append((logits[..., :97] - zigzag(expected, at)).abs().max().item())
+        found.append((logits[..., :97] - held(expected, at)).abs().max().item())
         padding = model.output_weight()[97 - at.coords.tp * model.output_weight().shape[0] :]
         assert not padding.any(), "rows that pad the vocabulary must be zero"
         return logits.new_zeros(()), {}
 
     def step(batches, model: PolicyModel):
-        return model(*next(batches)), lambda hidden: collect(model, hidden)
+        hidden = model(*next(batches), packed_seq_params=packed if at.layout.cp > 1 else None)
+        return hidden, lambda hidden: collect(model, hidden)
 
     get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter([local] * 2) for _ in chunks] if len(chunks) > 1 else iter([local] * 2),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=2,
-        seq_length=LENGTH,
-        micro_batch_size=SEQUENCES,
+        seq_length=LENGTH if at.layout.cp == 1 else LENGTH * SEQUENCES,
+        micro_batch_size=SEQUENCES if at.layout.cp == 1 else 1,
         forward_only=True,
     )
     return max(found, default=None)

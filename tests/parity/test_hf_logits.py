@@ -183,7 +183,9 @@ QWEN3 = {
         ("moe", axes) for axes in (dict(ep=2, dp=2), dict(tp=2, ep=2), dict(tp=2, etp=2), dict(pp=2, vpp=2), dict(cp=2))
     ]
     + [("tied", dict(pp=2)), ("tied", dict(tp=2))],
-    4: [("moe", axes) for axes in (dict(tp=2, dp=2, ep=2, etp=2), dict(tp=2, pp=2, ep=2), dict(tp=4))],
+    4: [
+        ("moe", axes) for axes in (dict(tp=2, dp=2, ep=2, etp=2), dict(tp=2, pp=2, ep=2), dict(tp=4), dict(cp=2, tp=2))
+    ],
 }
 UNEVEN = dict(num_hidden_layers=3)
 OTHERS = {
@@ -197,7 +199,7 @@ LAYOUTS_OF_OTHERS = {
     "llama": [dict(tp=2), dict(pp=2)],
     "qwen2_moe": [dict(tp=2, ep=2)],
     "olmoe": [dict(tp=2, ep=2)],
-    "deepseek_v3": [dict(tp=2, ep=2), dict(pp=2, vpp=2)],
+    "deepseek_v3": [dict(tp=2, ep=2), dict(pp=2, vpp=2), dict(cp=2, ep=2)],
 }
 
 
@@ -209,7 +211,7 @@ def test_sharded_logits_equal_transformers(ranks, tiny_moe_dir, tiny_tied_dir, t
 
 
 def test_sharded_logits_of_other_families(tmp_path):
-    """Tensor, expert and pipeline ranks, the latter with a number of layers that they do not divide."""
+    """Tensor, expert, context and pipeline ranks, the latter with a number of layers that they do not divide."""
     jobs = []
     for name, layouts in LAYOUTS_OF_OTHERS.items():
         path = save_tiny_hf(tmp_path / name, **OTHERS[name])

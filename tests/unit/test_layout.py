@@ -51,6 +51,21 @@ def test_dp_is_what_remains():
     assert (layout.dp, layout.world_size, layout.edp) == (4, 16, 2)
 
 
+@pytest.mark.parametrize(
+    ("axes", "segment", "batch"),
+    [
+        (dict(tp=4), 1, 4),  # sequence parallelism cuts the batch into 4
+        (dict(cp=2), 4, 4),
+        (dict(cp=2, tp=2), 4, 4),
+        (dict(cp=2, tp=4), 4, 8),  # half of the batch into 4
+        (dict(cp=3, tp=3), 6, 18),
+    ],
+)
+def test_lengths_that_a_layout_can_cut(axes, segment, batch):
+    layout = ParallelLayout(**axes)
+    assert (layout.segment_multiple, layout.batch_multiple) == (segment, batch)
+
+
 def test_world_that_does_not_fit():
     with pytest.raises(ValueError, match=r"6 ranks cannot hold .*=4; start a multiple of 4"):
         ParallelLayout.from_config(ParallelConfig(tp=2, pp=2), world_size=6)

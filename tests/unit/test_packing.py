@@ -27,6 +27,35 @@ def test_pack_by_hand():
     torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([0, -0.1, -0.2, 0, -0.3, 0, 0, 0]))
 
 
+def test_sequences_are_filled_up_behind_their_end():
+    routes = torch.arange(3)[:, None, None] + torch.zeros(1, 2, 1, dtype=torch.long)  # [n-1, L, K]
+    samples = [
+        Sample((5, 6, 7, 1), 2, 0.5, (-0.1, -0.2), expert_ids=routes),
+        Sample((8, 9, 1), 1, -1.0, (-0.3,), expert_ids=routes[:2]),
+    ]
+    batch = pack(samples, [0.25, 0.5], segment_multiple=4)
+    assert batch.token_ids.tolist() == [5, 6, 7, 0, 8, 9, 0, 0]
+    assert batch.targets.tolist() == [6, 7, 1, 0, 9, 1, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 3] * 2
+    assert batch.segment_ids.tolist() == [0] * 4 + [1] * 4
+    assert batch.cu_seqlens.tolist() == [0, 4, 8]
+    assert batch.loss_mask.tolist() == [False, True, True, False, False, True, False, False]
+    assert batch.weights.tolist() == [0, 0.25, 0.25, 0, 0, 0.5, 0, 0]
+    torch.testing.assert_close(batch.rollout_logprobs, torch.tensor([0, -0.1, -0.2, 0, 0, -0.3, 0, 0]))
+    assert batch.rollout_expert_ids[:, 0, 0].tolist() == [0, 1, 2, 0, 0, 1, 0, 1]
+
+
+def test_the_budget_counts_what_fills_sequences_up():
+    samples = [Sample((1,) * 6, 2, 0.0, (0.0, 0.0)) for _ in range(4)]  # 5 positions, 8 when filled up
+
+    def sizes(**multiples):
+        batches = pack_mini_batch(samples, load("grpo"), rank=0, num_ranks=1, budget=16, max_response=8, **multiples)
+        return [batch.token_ids.numel() for batch in batches]
+
+    assert sizes() == [10, 10] and sizes(segment_multiple=8, multiple=8) == [16, 16]
+    assert sizes(segment_multiple=12, multiple=12) == [12] * 4
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 4), st.integers(1, 80))
 def test_balance_loses_nothing_and_keeps_the_budget(lengths, ranks, budget):

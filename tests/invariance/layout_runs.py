@@ -1,0 +1,194 @@
+"""One rank of one layout: one step of every algorithm and of a critic, and trajectories through the loop's own phases.
+
+Run by `tests/invariance/test_training_layouts.py`, on its ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from frozen_rollout import gather_logprobs, gradients, make_samples  # noqa: E402
+from worlds import each_world  # noqa: E402
+
+from mcore_rl import algorithms  # noqa: E402
+from mcore_rl.config import OptimizerConfig, RunConfig, parse_config  # noqa: E402
+from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
+from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
+from mcore_rl.model.heads import as_scorer  # noqa: E402
+from mcore_rl.model.optimizer import build_training  # noqa: E402
+from mcore_rl.parallel.collectives import sum_over_ranks  # noqa: E402
+from mcore_rl.parallel.layout import ParallelLayout  # noqa: E402
+from mcore_rl.phases import pack, score_old, update  # noqa: E402
+from mcore_rl.types import PackedBatch  # noqa: E402
+from mcore_rl.weights.hf_io import load_hf  # noqa: E402
+from mcore_rl.weights.shards import megatron_shards  # noqa: E402
+from mcore_rl.weights.sync import WeightExporter  # noqa: E402
+
+STEPS = 5
+KL = dict(kl_coef=0.05, entropy_coef=0.01)  # in every algorithm that has them, so that those terms are compared too
+CLIP = dict(clip_low=0.05, clip_high=0.05)  # so that some tokens are clipped after small steps
+TRAJECTORIES = {"grpo": KL | CLIP, "gspo": {}, "ppo": dict(kl_coef=0.05) | CLIP}
+# Adam with a small eps turns the rounding noise of its first steps into steps of full size.
+OPTIMIZERS = {"sgd": dict(name="sgd", lr=0.2, clip_grad=0.5), "adam": dict(lr=1e-3, eps=1e-3, clip_grad=0.5)}
+
+
+class PaddedLayout(ParallelLayout):
+    """Every sequence fills the room of the longest one: a padded batch."""
+
+    segment_multiple = batch_multiple = 24
+
+
+def run_case(case: dict[str, Any], groups) -> None:
+    """Everything that is compared, of one layout, into `case["out"]`."""
+    if case.get("padded"):
+        groups = replace(groups, layout=PaddedLayout(**vars(groups.layout)))
+    config = config_of(case)
+    policy = trained_policy(config, groups, "adam")
+    found: dict[str, Any] = {"steps": one_step_each(config, groups, policy), "trajectories": {}}
+    optimizers = case.get("optimizers") or ["adam" if config.parallel.distributed_optimizer else "sgd"]
+    for optimizer in optimizers:
+        for name, fields in TRAJECTORIES.items():
+            found["trajectories"][name, optimizer] = trajectory(config, groups, name, fields, optimizer)
+    if groups.rank == 0:
+        torch.save(found, case["out"])
+
+
+def config_of(case: dict[str, Any]) -> RunConfig:
+    axes = {name: size for name, size in case["layout"].items() if name != "dp"}
+    return parse_config(
+        {
+            "name": "layouts",
+            "model": {"path": case["source"], "recompute": case.get("recompute", "none")},
+            "parallel": axes | {"distributed_optimizer": case.get("distributed_optimizer", False)},
+            "batch": {"micro_batch_tokens": case["budget"], "mini_batches": 2, "logprob_chunk_tokens": 7},
+            "rollout": {"temperature": 0.8, "max_response_tokens": 16},
+        }
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def trained_policy(config: RunConfig, groups, optimizer: str) -> SimpleNamespace:
+    """A policy as it is on disk, its optimizer and its exporter."""
+    hf_config = read_hf_config(config.model.path)
+    chunks = build_model(hf_config, config.model, groups)
+    load_hf(config.model.path, megatron_shards(chunks, hf_config, groups))
+    training = build_training(chunks, OptimizerConfig(**OPTIMIZERS[optimizer]), config.parallel, total_steps=100)
+    return SimpleNamespace(
+        chunks=chunks,
+        training=training,
+        exporter=WeightExporter(chunks, hf_config, groups),
+        model=as_policy(config, groups, training.chunks),
+    )
+
+
+def as_policy(config: RunConfig, groups, chunks) -> Policy:
+    batch = config.batch
+    vocab_size = read_hf_config(config.model.path).vocab_size
+    return Policy(chunks, groups, vocab_size, config.rollout.temperature, batch.logprob_chunk_tokens)
+
+
+def frozen_policy(config: RunConfig, groups) -> Policy:
+    """A reference that is not where the policy starts."""
+    hf_config = read_hf_config(config.model.path)
+    chunks = build_model(hf_config, config.model, groups)
+    load_hf(config.model.path, megatron_shards(chunks, hf_config, groups))
+    for weight in (p for chunk in chunks for p in chunk.parameters()):
+        weight.data.mul_(0.97)
+    return as_policy(config, groups, chunks)
+
+
+def trained_critic(config: RunConfig, groups, optimizer: str) -> SimpleNamespace:
+    """The backbone with a head that says something."""
+    hf_config = as_scorer(read_hf_config(config.model.path))
+    chunks = build_model(hf_config, config.model, groups)
+    shards = megatron_shards(chunks, hf_config, groups)
+    load_hf(config.model.path, [s for s in shards if s.hf_name != "score.weight"])
+    for shard in (s for s in shards if s.hf_name == "score.weight"):
+        shard.view.copy_(0.1 * torch.arange(shard.view.numel()).sin().view_as(shard.view))
+    training = build_training(chunks, OptimizerConfig(**OPTIMIZERS[optimizer]), config.parallel, total_steps=100)
+    exporter = WeightExporter(chunks, hf_config, groups)
+    return SimpleNamespace(chunks=chunks, training=training, exporter=exporter, model=Scorer(training.chunks, groups))
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[str, Any]:
+    """Sums of the loss and of every metric, and gradients, by algorithm; the critic's under "critic"."""
+    grpo = frozen_batches(config, groups, algorithms.load("grpo"))
+    found: dict[str, Any] = {"logprobs": gather_logprobs(policy.model, grpo, groups)}
+    for name in algorithms.available():
+        fields = {} if "pairs" in algorithms.load(name).needs else KL
+        algorithm = algorithms.load(name, **fields)
+        batches = frozen_batches(config, groups, algorithm)
+        found[name] = accumulated(config, groups, policy, batches, algorithm.loss)
+    ppo, critic = algorithms.load("ppo"), trained_critic(config, groups, "adam")
+    batches = [replace(b, values=b.advantages, returns=b.old_logprobs) for b in grpo]
+    found["critic"] = accumulated(config, groups, critic, batches, lambda b, out: ppo.value_loss(b, out.values))
+    return found
+
+
+def frozen_batches(config: RunConfig, groups, algorithm) -> list[PackedBatch]:
+    """This rank's micro-batches, with log-probs that are not the policy's."""
+    run = SimpleNamespace(plan=SimpleNamespace(config=config, algorithm=algorithm), groups=groups)
+    (batches,) = pack(run, make_samples(), step=0, mini_batches=1, unit=algorithm.unit)
+    return [replace(b, old_logprobs=b.rollout_logprobs, ref_logprobs=b.rollout_logprobs + 0.1) for b in batches]
+
+
+def accumulated(config: RunConfig, groups, model: SimpleNamespace, batches, loss: Callable) -> dict[str, Any]:
+    model.training.zero_grad()
+    sums = {"loss": 0.0}
+    for result in forward_backward(model.model, batches, loss):
+        sums["loss"] += result.loss.item()
+        for key, value in result.metrics.items():
+            sums[key] = sums.get(key, 0.0) + value.item()
+    found: dict[str, Any] = {"sums": sum_over_ranks(groups, sums, contributes=groups.reports)}
+    if not config.parallel.distributed_optimizer:  # there each rank holds the reduced gradient of its own part only
+        found["grads"] = gradients(model.chunks, model.exporter)
+    return found
+
+
+def trajectory(config: RunConfig, groups, name: str, fields: dict[str, Any], optimizer: str) -> dict[str, Any]:
+    """Metrics of every step of the loop's own scoring and updating, and the weights they lead to.
+
+    A step has two mini-batches: in the second the policy has left the one that the old log-probs are of.
+    """
+    algorithm, policy = algorithms.load(name, **fields), trained_policy(config, groups, optimizer)
+    critic = trained_critic(config, groups, optimizer) if "critic" in algorithm.needs else None
+    models = {"policy": policy} | ({"critic": critic} if critic else {})
+    run = SimpleNamespace(
+        plan=SimpleNamespace(config=config, algorithm=algorithm),
+        groups=groups,
+        policy=policy.model,
+        critic=critic and critic.model,
+        reference=frozen_policy(config, groups) if "reference" in algorithm.needs else None,
+        reference_logprobs=None,
+        trained={name: model.training for name, model in models.items()},
+    )
+    steps = []
+    for step in range(STEPS):
+        mini_batches = pack(run, make_samples(), step, config.batch.mini_batches, algorithm.unit)
+        mini_batches, scored = score_old(run, mini_batches)
+        steps.append(scored | update(run, mini_batches, step))
+        del steps[-1]["num_positions"]  # how much is filled up is the layout's
+    weights = {
+        f"{role}/{key}": tensor.clone()
+        for role, model in models.items()
+        for key, tensor in model.exporter
+        if tensor is not None
+    }
+    return {"steps": steps, "weights": weights}
+
+
+if __name__ == "__main__":
+    each_world(sys.argv[1], run_case)
