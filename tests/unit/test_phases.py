@@ -20,7 +20,12 @@ def one_rank(algorithm):
     """What the phases below read of a run."""
     layout = ParallelLayout()
     groups = SimpleNamespace(
-        world_size=1, layout=layout, coords=layout.coords(0), is_pipeline_last=True, device=torch.device("cpu")
+        world_size=1,
+        layout=layout,
+        coords=layout.coords(0),
+        is_pipeline_last=True,
+        reports=True,
+        device=torch.device("cpu"),
     )
     plan = SimpleNamespace(config=parse_config({"name": "x", "model": {"path": "m"}}), algorithm=algorithm)
     return SimpleNamespace(plan=plan, groups=groups)
