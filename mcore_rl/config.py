@@ -117,12 +117,25 @@ class CriticConfig(Section):
     warmup_steps: int = Field(0, ge=0)  # training steps in which only the critic learns
 
 
+class DiscriminatorConfig(Section):
+    path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0
+    lr: float = Field(1e-5, gt=0)  # constant; everything else as `optimizer`
+    batch_size: int = Field(128, ge=2, multiple_of=2)  # sequences of one update, half of them real
+    fake_share: float = Field(0.5, ge=0, le=1)  # of the others: generated; the rest are rejected ones of the data
+    old_share: float = Field(0.2, ge=0, le=1)  # of the generated ones: from earlier steps
+    buffer_size: int = Field(1024, ge=0)  # generated responses kept
+    warmup_rounds: int = Field(10, ge=0)  # at most, before the first step: responses of the policy, then updates
+    warmup_steps: int = Field(20, ge=1)  # updates a round of the warm-up
+    warmup_accuracy: float = Field(0.75, gt=0, le=1)  # held out, at which the warm-up ends
+    eval_examples: int = Field(64, ge=1)  # held-out ones of the data that it is measured on
+
+
 class RewardModelConfig(Section):
     path: str | None = None  # HF folder of a sequence classifier with one label: its score is the reward
 
 
 class DataConfig(Section):
-    task: str = "digit_sort"  # digit_sort, reasoning_gym/<name>, or file
+    task: str = "digit_sort"  # digit_sort, digit_constraints, reasoning_gym/<name>, or file
     params: dict[str, Any] = {}  # arguments of the task's generator
     train_file: str | None = None  # task=file: .jsonl or .parquet
     eval_file: str | None = None
@@ -167,6 +180,7 @@ class RunConfig(Section):
     reference: ReferenceConfig = ReferenceConfig()
     moe: MoeConfig = MoeConfig()
     critic: CriticConfig = CriticConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     data: DataConfig = DataConfig()
     reward: str | list[str] = (
         "auto"  # the task's own; or names of rollout/rewards.py or module:function, several are added

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.algorithms.dapo import DAPO
+from mcore_rl.algorithms.gapo import GAPO
 from mcore_rl.algorithms.gspo import GSPO
 from mcore_rl.config import RunConfig
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
@@ -27,6 +28,8 @@ class Finding:
 def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     """Everything suspicious in a configuration whose values are all allowed one by one."""
     found = _gradients(config, algorithm) + _ratios(config, algorithm) + _mismatch(config, algorithm)
+    if isinstance(algorithm, GAPO):
+        found += _discriminator(config, algorithm)
     return sorted(found, key=lambda finding: finding.level)
 
 
@@ -104,4 +107,33 @@ def _mismatch(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     if bf16 and algorithm.correction == "mask_seq_geo" and algorithm.correction_bounds[1] < 1.01:
         message = "in bf16 nearly every short response lies outside these bounds and has no gradient; widen them"
         found.append(Finding("warning", "algorithm.correction", message))
+    return found
+
+
+def _discriminator(config: RunConfig, algorithm: GAPO) -> list[Finding]:
+    found, own = [], config.discriminator
+    learns = algorithm.discriminator_steps > 0
+    if own.path is None and own.warmup_rounds == 0:
+        message = "a new head scores 0 everywhere: the first batch has no rewards; warm it up, or load a trained one"
+        if not learns:
+            message = "a new head scores 0 everywhere and discriminator_steps=0 leaves it so: there is no reward at all"
+        found.append(Finding("warning" if learns else "error", "discriminator.warmup_rounds", message))
+    if config.reward_model.path is not None:
+        message = "the discriminator is the reward, so this one is never asked; drop it, or train with PPO on it"
+        found.append(Finding("error", "reward_model.path", message))
+    if algorithm.label_smoothing > 0 and algorithm.discriminator_objective != "bce":
+        message = "bradley_terry has no targets to smooth, it is ignored; set it to 0"
+        found.append(Finding("error", "algorithm.label_smoothing", message))
+    if learns and own.fake_share == 0:
+        message = "it never learns from what the policy writes, which will find what it overlooks; 0.5 is usual"
+        found.append(Finding("warning", "discriminator.fake_share", message))
+    if learns and own.fake_share * own.old_share > 0 and own.buffer_size == 0:
+        message = f"old_share={own.old_share:g} of the generated responses come from a buffer that holds none"
+        found.append(Finding("warning", "discriminator.buffer_size", message))
+    if algorithm.band_high == 1:
+        message = "it is trained on however good it is: its log-odds saturate, and rewards differ by noise only"
+        found.append(Finding("warning", "algorithm.band_high", message))
+    if config.rollout.stop or config.rollout.stop_token_ids:
+        message = "generated responses end as this says, real ones with the end token: it need only look there"
+        found.append(Finding("warning", "rollout.stop" if config.rollout.stop else "rollout.stop_token_ids", message))
     return found

@@ -13,11 +13,11 @@ from mcore_rl.run import Run
 
 def held_parameters(run: Run) -> dict[str, float]:
     """{"memory/<role>_parameters": number on the rank that holds most} of every model of the run."""
-    held = {"policy": run.policy, "reference": run.reference, "critic": run.critic, "reward_model": run.reward_model}
+    roles = ("policy", "reference", "critic", "discriminator", "reward_model")
     return {
         f"memory/{role}_parameters": max_over_ranks(run.groups, float(count_parameters(model.chunks)))
-        for role, model in held.items()
-        if model is not None
+        for role in roles
+        if (model := getattr(run, role)) is not None
     }
 
 

@@ -159,14 +159,15 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
     """One optimizer step a mini-batch, `epochs` times over, of the critic and, after its warm-up, of the policy."""
     config, algorithm = run.plan.config, run.plan.algorithm
     metrics: Metrics = {}
+    rounds = mini_batches * config.batch.epochs
     if run.critic is not None:
 
         def value_loss(batch: PackedBatch, out: PolicyOutput) -> LossOutput:
             return algorithm.value_loss(batch, out.values)
 
-        metrics |= optimise(run, run.trained["critic"], run.critic, mini_batches, value_loss, "critic")
+        metrics |= optimise(run, run.trained["critic"], run.critic, rounds, value_loss, "critic")
     if run.critic is None or step >= config.critic.warmup_steps:
-        metrics |= optimise(run, run.trained["policy"], run.policy, mini_batches, algorithm.loss, "policy")
+        metrics |= optimise(run, run.trained["policy"], run.policy, rounds, algorithm.loss, "policy")
     positions = float(sum(b.token_ids.numel() for part in mini_batches for b in part))
     totals = sum_over_ranks(run.groups, {"positions": positions * config.batch.epochs}, contributes=reports(run))
     return {**metrics, "num_positions": totals["positions"]}
@@ -189,7 +190,7 @@ def optimise(
     """Optimizer steps of one model; its losses and metrics averaged over them."""
     sums: Metrics = {"num_loss": 0.0}
     norms, lr = [], 0.0
-    for mini_batch in mini_batches * run.plan.config.batch.epochs:
+    for mini_batch in mini_batches:
         training.zero_grad()
         for result in forward_backward(model, mini_batch, loss):
             sums["num_loss"] += result.loss.item()

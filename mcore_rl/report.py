@@ -29,7 +29,8 @@ Panel = Callable[[Any, Rows], bool]  # draws into the axes; False if the run has
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Draw `run_dir`/report.png: reward, accuracy, entropy, time by phase, trainer against engine, throughput.
+    """Draw `run_dir`/report.png: reward, accuracy, entropy, time by phase, trainer against engine, throughput; with a
+    discriminator also what the rule and it say.
 
     Panels whose metrics the run did not log are left out.
 
@@ -94,6 +95,21 @@ def _reward(axes: Any, rows: Rows) -> bool:
     _, std = _series(both, "reward/std")
     axes.fill_between(steps, mean - std, mean + std, color=BLUE, alpha=0.15, linewidth=0)
     return _line(axes, rows, "reward/mean", BLUE)
+
+
+def _audit(axes: Any, rows: Rows) -> bool:
+    axes.set_title("Rule's reward of rollouts, an audit")
+    return _line(axes, rows, "reward/audit_mean", BLUE)
+
+
+def _discriminator(axes: Any, rows: Rows) -> bool:
+    axes.set_title("Discriminator, right on unseen sequences")
+    axes.set_ylim(0, 1.02)
+    colors = {"real": GREEN, "rejected": ORANGE, "fake": RED}
+    drawn = [_line(axes, rows, f"discriminator/{kind}_accuracy", color, kind) for kind, color in colors.items()]
+    if any(drawn):
+        axes.legend(fontsize=7.5)
+    return any(drawn)
 
 
 def _loss(axes: Any, rows: Rows) -> bool:
@@ -172,4 +188,6 @@ def _from_zero(axes: Any) -> bool:
     return True
 
 
-PANELS: tuple[Panel, ...] = (_reward, _loss, _accuracy, _entropy, _time, _difference, _throughput)
+PANELS: tuple[Panel, ...] = (
+    _reward, _audit, _loss, _accuracy, _discriminator, _entropy, _time, _difference, _throughput
+)  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig
 from mcore_rl import algorithms
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig, dump_config
+from mcore_rl.data.real_fake import check_examples
 from mcore_rl.data.tasks import Task, build_task
 from mcore_rl.launch import tell
 from mcore_rl.lint import lint
@@ -32,7 +33,7 @@ from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.routing import check_routing, returns_routes, with_routers
-from mcore_rl.scorers import check_scorer, load_scorer, scorer_training
+from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, load_scorer
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
 from mcore_rl.weights.hf_io import check_hf, load_hf
@@ -62,11 +63,12 @@ class Run:
 
     plan: Plan
     groups: Groups
-    trained: dict[str, Training]  # "policy" and, if the algorithm needs one, "critic": what a checkpoint holds
+    trained: dict[str, Training]  # "policy" and those of "critic", "discriminator" it needs: what a checkpoint holds
     policy: Policy
     reference: Policy | None
     reference_logprobs: GivenLogprobs | None  # instead of the model, where all it will be asked is known
     critic: Scorer | None
+    discriminator: Scorer | None  # its score is the reward, the rule's an audit
     reward_model: Scorer | None  # its score is the reward, the rule's an audit
     exporter: WeightExporter
     engine: RolloutEngine | None
@@ -88,11 +90,6 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     """
     fields = dict(config.algorithm)
     algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
-    if "discriminator" in algorithm.needs:
-        raise ValueError(
-            f"algorithm.name={config.algorithm['name']!r}: the training loop has no discriminator yet; "
-            "its losses can be used from mcore_rl.algorithms"
-        )
     layout = ParallelLayout.from_config(config.parallel, world)
     hf_config = read_hf_config(config.model.path)
     if is_scorer(hf_config):
@@ -109,8 +106,9 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
     _check_sizes(config, algorithm, hf_config, task)
     longest = (task.max_prompt_tokens or room) + config.rollout.max_response_tokens
-    for key, path, has_head in _scorers(config, algorithm):
-        check_scorer(key, path, layout, tokenizer, positions=longest, has_head=has_head)
+    if "discriminator" in algorithm.needs:
+        longest = max(longest, check_examples(config, task))
+    check_scorers(config, algorithm, layout, tokenizer, longest)
     check_routing(config, algorithm, hf_config)
     errors = [str(f) for f in lint(config, algorithm) if f.level == "error"]
     if errors:
@@ -126,14 +124,6 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         )
     resolve(config.rollout, config.weight_sync, world)
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
-
-
-def _scorers(config: RunConfig, algorithm: Algorithm) -> Iterator[tuple[str, str, bool]]:
-    """(key, folder, whether it must have a score head) of the scorers that are read from folders of their own."""
-    if config.reward_model.path is not None:
-        yield "reward_model.path", config.reward_model.path, True
-    if "critic" in algorithm.needs and config.critic.path is not None:
-        yield "critic.path", config.critic.path, False
 
 
 def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedConfig, task: Task) -> None:
@@ -190,12 +180,14 @@ def open_run(plan: Plan) -> Iterator[Run]:
         in_loop = "reference" in plan.algorithm.needs and not precomputes_reference(plan)
         reference = load_reference(plan, groups) if in_loop else None
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
-        trained, critic = {"policy": training}, None
+        trained = {"policy": training}
         if "critic" in plan.algorithm.needs:
-            trained["critic"] = scorer_training(
-                config.critic.path or config.model.path, config.critic.lr, config, groups, total_updates(config)
-            )
-            critic = Scorer(trained["critic"].chunks, groups)
+            trained["critic"] = critic_training(config, groups, total_updates(config))
+        if "discriminator" in plan.algorithm.needs:
+            trained["discriminator"] = discriminator_training(config, groups)
+        critic, discriminator = (
+            Scorer(trained[role].chunks, groups) if role in trained else None for role in ("critic", "discriminator")
+        )
         reward_model = None
         if config.reward_model.path is not None:
             reward_model = Scorer(load_scorer(config.reward_model.path, config, groups), groups)
@@ -225,6 +217,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             reference=reference,
             reference_logprobs=None,
             critic=critic,
+            discriminator=discriminator,
             reward_model=reward_model,
             exporter=exporter,
             engine=engine,

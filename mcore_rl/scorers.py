@@ -8,6 +8,7 @@ from typing import Any
 from torch.nn import Module
 from transformers import AutoTokenizer, PretrainedConfig
 
+from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.heads import as_scorer
@@ -67,7 +68,27 @@ def load_scorer(path: str, config: RunConfig, groups: Groups) -> list[Module]:
     return chunks
 
 
-def scorer_training(path: str, lr: float, config: RunConfig, groups: Groups, total_updates: int) -> Training:
-    """A scorer that learns; everything but its learning rate as the policy's optimizer."""
-    optimizer = config.optimizer.model_copy(update={"lr": lr})
-    return build_training(load_scorer(path, config, groups), optimizer, config.parallel, total_updates)
+def critic_training(config: RunConfig, groups: Groups, total_updates: int) -> Training:
+    """The critic with its optimizer: the policy's, but for the learning rate."""
+    chunks = load_scorer(config.critic.path or config.model.path, config, groups)
+    optimizer = config.optimizer.model_copy(update={"lr": config.critic.lr})
+    return build_training(chunks, optimizer, config.parallel, total_updates)
+
+
+def discriminator_training(config: RunConfig, groups: Groups) -> Training:
+    """The discriminator with its optimizer. Its learning rate is constant: how many updates it takes is not known."""
+    chunks = load_scorer(config.discriminator.path or config.model.path, config, groups)
+    changes = {"lr": config.discriminator.lr, "min_lr": 0.0, "schedule": "constant", "warmup_steps": 0}
+    return build_training(chunks, config.optimizer.model_copy(update=changes), config.parallel, total_steps=1)
+
+
+def check_scorers(
+    config: RunConfig, algorithm: Algorithm, layout: ParallelLayout, tokenizer: Any, positions: int
+) -> None:
+    """`check_scorer` of those that are read from folders of their own."""
+    if config.reward_model.path is not None:
+        key, path = "reward_model.path", config.reward_model.path
+        check_scorer(key, path, layout, tokenizer, positions=positions, has_head=True)
+    for role, section in (("critic", config.critic), ("discriminator", config.discriminator)):
+        if role in algorithm.needs and section.path is not None:
+            check_scorer(f"{role}.path", section.path, layout, tokenizer, positions=positions)

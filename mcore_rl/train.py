@@ -1,6 +1,7 @@
 """The training loop. torchrun --nproc-per-node N -m mcore_rl.train CONFIG key.sub=value ...
 
 One step: collect (`collecting`) -> pack -> score -> update -> sync -> evaluate (`phases`) -> log -> checkpoint.
+GAPO's discriminator learns in between (`discriminating`).
 All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from mcore_rl.collecting import collect_rollouts
 from mcore_rl.config import RunConfig, load_config
+from mcore_rl.discriminating import update_discriminator, warm_up_discriminator
 from mcore_rl.launch import exit_code, tell
 from mcore_rl.memory import held_parameters, peak_gb
 from mcore_rl.metrics import Timers, progress_display
@@ -42,7 +44,8 @@ def train(config: RunConfig) -> Path:
         done = run.start
         sync_weights(run, done.policy_version)
         if done.step == 0:
-            log_step(run, 0, evaluate(run) | held_parameters(run))
+            done, warmed_up = warm_up_discriminator(run, done)
+            log_step(run, 0, evaluate(run) | held_parameters(run) | warmed_up)
         timers = Timers()
         with progress_display(config, done.step, enabled=run.log is not None) as display:
             while done.step < config.steps:
@@ -58,9 +61,11 @@ def train(config: RunConfig) -> Path:
                     watched = watch_routers(run, mini_batches, done.step)
                 with timers("update"):
                     updated = update(run, mini_batches, done.step)
+                with timers("discriminator"):
+                    done, discriminated = update_discriminator(run, done)
                 with timers("moe"):
                     routed = router_metrics(run, watched, done.step)
-                metrics = {**collected, **scored, **updated, **routed}
+                metrics = {**collected, **scored, **updated, **discriminated, **routed}
                 run = adapt_kl(run, metrics, len(samples))
                 done = done.after_step(run.plan.algorithm.kl_coef)
                 if rl or due(config, config.evaluate.every, done.step):

@@ -28,7 +28,8 @@ class GAPO(PPO):
     Attributes:
         baseline: critic (PPO's GAE), or group: advantages within a prompt's responses, no critic, KL in the loss.
         discriminator_objective: bce or bradley_terry. label_smoothing: of real ones in bce, e.g. 0.1.
-        reward_transform: logit (normalised and clipped at reward_clip), sigmoid, softplus or logsigmoid.
+        reward_transform: logit (clipped at reward_clip), sigmoid, softplus or logsigmoid.
+        normalise_reward: logits get mean 0 and deviation 1 over what the same version of the discriminator scored.
         discriminator_steps: updates a round; none from accuracy band_high on, twice as many below band_low.
     """
 
@@ -38,6 +39,7 @@ class GAPO(PPO):
     label_smoothing: float = 0.0
     reward_transform: str = "logit"
     reward_clip: float = 10.0
+    normalise_reward: bool = True
     discriminator_steps: int = 1
     band_low: float = 0.55
     band_high: float = 0.9
@@ -48,14 +50,13 @@ class GAPO(PPO):
         self.check_choice("discriminator_objective", ("bce", "bradley_terry"))
         self.check_choice("reward_transform", REWARD_TRANSFORMS)
         self.check_range("reward_clip", above=True)
-        self.check_range("label_smoothing", high=0.5)
         self.check_range("discriminator_steps")
+        self.check_range("label_smoothing", high=0.5)
         self.check_range("band_high", low=self.band_low, high=1)
 
     @property
     def needs(self) -> frozenset[str]:
-        others = super().needs if self.baseline == "critic" else super().needs - {"critic"}
-        return others | {"discriminator"}
+        return (super().needs if self.baseline == "critic" else super().needs - {"critic"}) | {"discriminator"}
 
     @property
     def kl_in_loss(self) -> bool:
@@ -73,7 +74,8 @@ class GAPO(PPO):
     def discriminator_rewards(self, scores: Tensor, normaliser: Normaliser) -> Tensor:
         """[N] rewards of scores [N] that one version of the discriminator gave to a whole rollout."""
         rewards = discriminator_reward(scores, self.reward_transform)
-        return normaliser.normalise(rewards, self.reward_clip) if self.reward_transform == "logit" else rewards
+        seen = normaliser if self.normalise_reward else Normaliser()  # of nothing: mean 0, deviation 1
+        return seen.normalise(rewards, self.reward_clip) if self.reward_transform == "logit" else rewards
 
     def discriminator_loss(self, scores: Tensor, kinds: Tensor, weights: Tensor) -> LossOutput:
         """The discriminator's weighted loss; metrics "real/...", "rejected/..." and "fake/..." with "num_real" etc.
@@ -90,5 +92,5 @@ class GAPO(PPO):
         return LossOutput(loss, discriminator_metrics(scores, kinds, weights > 0))
 
     def steps_due(self, accuracy: float) -> int:
-        """Discriminator updates after a round in which its held-out accuracy was `accuracy`."""
+        """Discriminator updates after a round in which it was right on `accuracy` of held-out sequences."""
         return steps_in_band(accuracy, self.discriminator_steps, low=self.band_low, high=self.band_high)

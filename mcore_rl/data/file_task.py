@@ -7,7 +7,7 @@ import random
 from typing import Any
 
 from mcore_rl.config import DataConfig
-from mcore_rl.data.preferences import PairIds, encode_pair
+from mcore_rl.data.preferences import PairIds, RealExample, encode_pair, encode_real
 from mcore_rl.data.prompts import Example, encode_response, load_examples
 from mcore_rl.data.task import Task
 from mcore_rl.types import Prompt
@@ -35,6 +35,7 @@ class FileTask(Task):
         self.train = load_examples(data.train_file, data, tokenizer, response_key, limit)
         self.held_out = load_examples(data.eval_file, data, tokenizer, response_key, limit)
         self.max_prompt_tokens = max(len(example.prompt.token_ids) for example in (*self.train, *self.held_out))
+        self.num_examples, self.system_prompt = len(self.train), data.system_prompt
         self.order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def train_prompt(self, index: int) -> Prompt:
@@ -65,6 +66,12 @@ class FileTask(Task):
 
     def eval_pairs(self, n: int) -> list[PairIds]:
         return [encode_pair(self.tokenizer, example.prompt) for example in self.held_out[:n]]
+
+    def real_example(self, index: int) -> RealExample:
+        return encode_real(self.tokenizer, self._example(index), self.system_prompt)
+
+    def eval_real_examples(self, n: int) -> list[RealExample]:
+        return [encode_real(self.tokenizer, example, self.system_prompt) for example in self.held_out[:n]]
 
     def _example(self, index: int) -> Example:
         epoch, position = divmod(index, len(self.train))

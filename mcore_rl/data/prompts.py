@@ -159,7 +159,7 @@ def load_examples(
 def _example(
     place: str, row: dict[str, Any], data: DataConfig, tokenizer: Any, response_key: str, limit: int | None
 ) -> Example:
-    content, reply = _split_reply(_content(row, data.prompt_key))
+    content, reply = split_reply(checked_content(row, data.prompt_key))
     response = row.get(response_key, reply)
     if response is not None and not isinstance(response, str):
         raise ValueError(f"{response_key!r} must be text, got {_shown(response)}")
@@ -173,7 +173,7 @@ def _example(
     return Example(Prompt(place, token_ids, text, row.get(data.answer_key), metadata), response)
 
 
-def _content(row: dict[str, Any], key: str) -> str | list[dict[str, str]]:
+def checked_content(row: dict[str, Any], key: str) -> str | list[dict[str, str]]:
     """The prompt of a row: a text that is not empty, or checked chat messages."""
     if key not in row:
         raise ValueError(f"key {key!r} is missing; keys here: {', '.join(row) or 'none'}; set data.prompt_key to one")
@@ -192,7 +192,7 @@ def _content(row: dict[str, Any], key: str) -> str | list[dict[str, str]]:
     return content
 
 
-def _split_reply(content: str | list[dict[str, str]]) -> tuple[str | list[dict[str, str]], str | None]:
+def split_reply(content: str | list[dict[str, str]]) -> tuple[str | list[dict[str, str]], str | None]:
     """A chat without the assistant message that ends it, and that message."""
     if isinstance(content, str) or content[-1]["role"] != "assistant":
         return content, None

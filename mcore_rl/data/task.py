@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcore_rl.data.preferences import PairIds
+from mcore_rl.data.preferences import PairIds, RealExample
 from mcore_rl.types import Prompt
 
 
@@ -13,11 +13,13 @@ class Task:
         name: as in `data.task`.
         reward_default: reward spec that fits the task, what `reward: auto` stands for.
         max_prompt_tokens: longest prompt the task can return.
+        num_examples: of the training data; None where it is endless.
     """
 
     name: str
     reward_default: str = "exact_match"
     max_prompt_tokens: int
+    num_examples: int | None = None
 
     def train_prompt(self, index: int) -> Prompt:
         """Training prompt number `index` (from 0, without end)."""
@@ -51,6 +53,18 @@ class Task:
     def eval_pairs(self, n: int) -> list[PairIds]:
         """The first `n` held-out preference pairs."""
         return []
+
+    def real_example(self, index: int) -> RealExample:
+        """What a discriminator may take for real, of the training prompt of the same `index`.
+
+        Raises:
+            ValueError: the task has no reference responses.
+        """
+        return RealExample(*self.sft_example(index))
+
+    def eval_real_examples(self, n: int) -> list[RealExample]:
+        """The first `n` held-out ones."""
+        raise ValueError(f"task {self.name!r} has no held-out reference responses; use digit_constraints or a file")
 
     def extract_answer(self, response: str) -> str | None:
         """The part of a response that is compared with the answer; None if there is none."""

@@ -1,4 +1,4 @@
-"""Where prompts come from: `digit_sort`, any reasoning-gym task, or the user's files.
+"""Where prompts come from: `digit_sort`, `digit_constraints`, any reasoning-gym task, or the user's files.
 
 A task is a pure function of (seed, index): a run resumes with nothing but the integer of its next prompt, and
 every rank can ask for the same prompt. Prompts of the evaluation set are never prompts of the training set.
@@ -11,20 +11,19 @@ import difflib
 import functools
 import os
 import random
-import zlib
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from mcore_rl.config import DataConfig
+from mcore_rl.data.constraints import DigitConstraints
 from mcore_rl.data.file_task import FileTask
+from mcore_rl.data.preferences import RealExample
 from mcore_rl.data.prompts import encode, encode_response, render
+from mcore_rl.data.splits import DRAWS, EVAL, TRAIN, first, split_of
 from mcore_rl.data.task import Task
 from mcore_rl.types import Prompt
 
-TRAIN, EVAL = "train", "eval"
-DRAWS = 256  # tries at a prompt, as long as it is in the wrong split or too long
 GYM_PROMPT_TOKENS = 1024  # longer questions are drawn again, unless data.max_prompt_tokens says otherwise
-T = TypeVar("T")
 
 
 def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: int | None = None) -> Task:
@@ -42,16 +41,20 @@ def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: in
     limit = min((n for n in (data.max_prompt_tokens, max_model_tokens) if n is not None), default=None)
     if data.task == "digit_sort":
         return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n", "min_n"}, data.task))
+    if data.task == "digit_constraints":
+        return DigitConstraints(
+            tokenizer, seed, limit, **_checked(data.params, {"min_length", "max_length"}, data.task)
+        )
     if data.task == "file":
         return FileTask(
             data, tokenizer, seed, limit, **_checked(data.params, {"response_key", "answer_after"}, data.task)
         )
     if data.task.startswith("reasoning_gym/"):
         return ReasoningGym(data, tokenizer, seed, limit)
-    known = ["digit_sort", "file", *(f"reasoning_gym/{name}" for name in _gym_names())]
+    known = ["digit_sort", "digit_constraints", "file", *(f"reasoning_gym/{name}" for name in _gym_names())]
     raise ValueError(
         f"data.task={data.task!r} is unknown; {_nearest(data.task, known)} "
-        "allowed are digit_sort, file and reasoning_gym/NAME"
+        "allowed are digit_sort, digit_constraints, file and reasoning_gym/NAME"
     )
 
 
@@ -85,7 +88,13 @@ class DigitSort(Task):
         return [self._prompt(EVAL, index) for index in range(n)]
 
     def sft_example(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        prompt = self.train_prompt(index)
+        return self._solved(TRAIN, index)
+
+    def eval_real_examples(self, n: int) -> list[RealExample]:
+        return [RealExample(*self._solved(EVAL, i)) for i in range(n)]
+
+    def _solved(self, split: str, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        prompt = self._prompt(split, index)
         return prompt.token_ids, encode_response(self.tokenizer, f"#{prompt.answer}")
 
     def extract_answer(self, response: str) -> str | None:
@@ -95,7 +104,7 @@ class DigitSort(Task):
         rng = random.Random(f"digit_sort/{self.n}/{self.seed}/{split}/{index}")
         n = self.n if self.min_n == self.n else rng.randint(self.min_n, self.n)
         drawn = ("".join(rng.choices("0123456789", k=n)) for _ in range(DRAWS))
-        digits = _first((d for d in drawn if _split_of(d, one_in=8) == split), f"{self.name} {split} prompt {index}")
+        digits = first((d for d in drawn if split_of(d, one_in=8) == split), f"{self.name} {split} prompt {index}")
         text = digits + "="
         answer = "".join(sorted(digits))
         return Prompt(f"digit_sort/{split}/{index}", encode(self.tokenizer, text, special=True), text, answer)
@@ -152,13 +161,13 @@ class ReasoningGym(Task):
     def _prompt(self, split: str, index: int) -> Prompt:
         drawn = (self._draw(split, index, draw) for draw in range(DRAWS))
         what = f"{self.name} {split} prompt {index} of at most {self.max_prompt_tokens} tokens"
-        return _first((prompt for prompt in drawn if prompt is not None), what)
+        return first((prompt for prompt in drawn if prompt is not None), what)
 
     def _draw(self, split: str, index: int, draw: int) -> Prompt | None:
         block, offset = divmod(index, self.block)
         rng = random.Random(f"{self.name}/{self.seed}/{split}/{block}/{draw}")
         entry = self.generator(rng.randrange(2**31))[offset]
-        if _split_of(entry["question"], one_in=4) != split:
+        if split_of(entry["question"], one_in=4) != split:
             return None
         question = entry["question"]
         content = [{"role": "user", "content": question}] if self.tokenizer.chat_template else question
@@ -184,20 +193,6 @@ class ReasoningGym(Task):
         if self.gym_name == "composite" and isinstance(params.get("datasets"), list):
             params["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}, **spec}) for spec in params["datasets"]]
         return params
-
-
-def _split_of(text: str, one_in: int) -> str:
-    """The split a prompt belongs to, by its text alone; one prompt in `one_in` is held out."""
-    return EVAL if zlib.crc32(text.encode()) % one_in == 0 else TRAIN
-
-
-def _first(accepted: Iterator[T], what: str) -> T:
-    for item in accepted:
-        return item
-    raise ValueError(
-        f"no {what} was found in {DRAWS} draws: raise data.max_prompt_tokens, or choose data.params with more "
-        "different prompts, so that some can be held out for the evaluation"
-    )
 
 
 def _checked(params: dict[str, Any], allowed: Iterable[str], task: str) -> dict[str, Any]:

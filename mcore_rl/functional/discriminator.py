@@ -5,6 +5,7 @@ A score l is one number a sequence, the log-odds of "real": D = sigma(l).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -147,3 +148,42 @@ def calibration_error(scores: Tensor, labels: Tensor, num_bins: int = 10) -> Ten
     zeros = probabilities.new_zeros(num_bins)
     gap = zeros.index_add(0, bins, labels.double() - probabilities)
     return gap.abs().sum() / len(scores)
+
+
+def separation(scores: Mapping[str, Tensor], objective: str, fake_share: float) -> dict[str, Tensor]:
+    """How a discriminator tells the kinds of `KINDS` apart, all []; a tie is half right.
+
+    "accuracy" is the mean of that on real sequences and that on the others, of which `fake_share` are fake as in
+    training. With bradley_terry, where a score alone means nothing, it is the share of pairs of real and other that are
+    ordered rightly. Beside it are "kind_accuracy" (side of 0), "kind_score" (mean), "logit_gap" (mean of real minus
+    that of fake) and "calibration_error" over real and others half and half.
+
+    Args:
+        scores: of each kind, [N] of its own length; "rejected" may be empty, then `fake_share` is taken for 1.
+    """
+    right = {kind: (0.5 + 0.5 * (x if kind == "real" else -x).sign()).double().mean() for kind, x in scores.items()}
+    real, others = scores["real"], {"fake": fake_share, "rejected": 1 - fake_share}
+    if len(scores["rejected"]) == 0:
+        others = {"fake": 1.0}
+    if objective == "bce":
+        accuracy = (right["real"] + sum(share * right[kind] for kind, share in others.items() if share)) / 2
+    else:
+        accuracy = sum(share * auc(*labelled(real, scores[kind])) for kind, share in others.items() if share)
+    mixed = torch.cat([_thinned(scores[kind], round(share * len(real))) for kind, share in others.items()])
+    return {
+        "accuracy": accuracy,
+        **{f"{kind}_accuracy": x for kind, x in right.items() if len(scores[kind])},
+        **{f"{kind}_score": x.double().mean() for kind, x in scores.items() if len(x)},
+        "logit_gap": real.double().mean() - scores["fake"].double().mean(),
+        "calibration_error": calibration_error(*labelled(real, mixed)),
+    }
+
+
+def labelled(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, labels) of both."""
+    return torch.cat([positive, negative]), torch.cat([torch.ones_like(positive), torch.zeros_like(negative)])
+
+
+def _thinned(values: Tensor, count: int) -> Tensor:
+    """`count` of them, evenly spread; all where there are fewer."""
+    return values if count >= len(values) else values[torch.arange(count) * len(values) // max(1, count)]

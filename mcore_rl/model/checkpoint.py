@@ -1,6 +1,6 @@
 """Training checkpoints: Megatron's torch_dist format plus the loop's own counters, written beside and renamed.
 
-checkpoints/step_000040/    complete, or not there at all; a folder a trained model: policy/, critic/
+checkpoints/step_000040/    complete, or not there at all; a folder a trained model: policy/, critic/, ...
 checkpoints/step_000050.tmp what a crash leaves; removed by the next save
 """
 
@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mcore_rl.data.real_fake import DiscriminatorState
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
@@ -40,6 +41,7 @@ class Progress:
     policy_version: int = 0  # weight updates sent to the rollout engine
     kl_coef: float | None = None  # of the next step; PPO can adapt it
     carried: tuple[RolloutGroup, ...] = ()  # scored groups that the last batch had no room for
+    discriminator: DiscriminatorState = DiscriminatorState()
 
     def after_step(self, kl_coef: float) -> Progress:
         return replace(self, step=self.step + 1, policy_version=self.policy_version + 1, kl_coef=kl_coef)
@@ -47,7 +49,8 @@ class Progress:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """The inverse of `dataclasses.asdict`: checkpoints hold plain values."""
-        return cls(**{**state, "carried": tuple(map(_group, state["carried"]))})
+        discriminator = DiscriminatorState.of(state["discriminator"])
+        return cls(**{**state, "carried": tuple(map(_group, state["carried"])), "discriminator": discriminator})
 
 
 def save_checkpoint(

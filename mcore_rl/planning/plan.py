@@ -39,11 +39,10 @@ def _models(config: RunConfig) -> Models:
     fields = dict(config.algorithm)
     algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
     policy, scorers, frozen = read_hf_config(config.model.path), {}, {}
-    if "critic" in algorithm.needs:
-        critic = read_hf_config(config.critic.path or config.model.path, "critic.path")
-        scorers["critic"] = critic if is_scorer(critic) else as_scorer(critic)
-    if "discriminator" in algorithm.needs:
-        scorers["discriminator"] = as_scorer(policy)
+    for role, section in (("critic", config.critic), ("discriminator", config.discriminator)):
+        if role in algorithm.needs:
+            scorer = read_hf_config(section.path or config.model.path, f"{role}.path")
+            scorers[role] = scorer if is_scorer(scorer) else as_scorer(scorer)
     precomputed = "pairs" in algorithm.needs and config.reference.precompute
     if "reference" in algorithm.needs and not precomputed:
         frozen["reference"] = policy

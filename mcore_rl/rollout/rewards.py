@@ -23,8 +23,8 @@ def load_reward(spec: str | list[str], task: Task) -> Reward:
     """The reward function that `spec` names; a list is the sum of its rewards.
 
     `auto` is the task's own choice; `exact_match` compares the extracted answer as text, `math_verify` as mathematics;
-    `reasoning_gym` is the task's scorer; `regex:PATTERN` is 1 where the pattern is found in the response (`.` matches
-    line ends too); `module:function` is called as f(prompt, trajectory).
+    `task_score` is the task's scorer, by its older name `reasoning_gym`; `regex:PATTERN` is 1 where the pattern is
+    found in the response (`.` matches line ends too); `module:function` is called as f(prompt, trajectory).
 
     The returned function raises ValueError where a reward raises or returns anything but a finite number, naming the
     reward, the prompt, the response and the value.
@@ -65,8 +65,8 @@ def math_verify(task: Task) -> Reward:
     return reward
 
 
-def reasoning_gym(task: Task) -> Reward:
-    """The task's own scorer, usually in [0, 1] with partial credit."""
+def task_score(task: Task) -> Reward:
+    """The task's own scorer, in reasoning-gym usually in [0, 1] with partial credit."""
     task.score(task.train_prompt(0), "")  # a task without a scorer says so before anything starts
     return lambda prompt, trajectory: task.score(prompt, trajectory.text)
 
@@ -74,7 +74,8 @@ def reasoning_gym(task: Task) -> Reward:
 BUILT_IN: dict[str, Callable[[Task], Reward]] = {
     "exact_match": exact_match,
     "math_verify": math_verify,
-    "reasoning_gym": reasoning_gym,
+    "reasoning_gym": task_score,
+    "task_score": task_score,
 }
 
 

@@ -40,6 +40,14 @@ def from_all_ranks(mine: dict) -> dict:
     return {key: value for part in everyone for key, value in part.items()}
 
 
+def make_labelled() -> list:
+    """Sequences for a discriminator: real ones, each before a generated or a rejected one."""
+    from mcore_rl.data.real_fake import FAKE, REAL, REJECTED, Labelled
+
+    kinds = (REAL, FAKE, REAL, REJECTED)
+    return [Labelled(sample.token_ids, kinds[i % 4]) for i, sample in enumerate(make_samples())]
+
+
 def gather_logprobs(policy, batches, groups) -> dict[tuple, list[float]]:
     """Log-probs by the tokens of their sequence, from all ranks."""
     from mcore_rl.model.forward import forward_only

@@ -1,4 +1,5 @@
-"""One rank of one layout: one step of every algorithm and of a critic, and trajectories through the loop's own phases.
+"""One rank of one layout: one step of every algorithm, of a critic and of a discriminator, and trajectories through the
+loop's own phases.
 
 Run by `tests/invariance/test_training_layouts.py`, on its ranks.
 """
@@ -15,18 +16,19 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from frozen_rollout import gather_logprobs, gradients, make_samples  # noqa: E402
+from frozen_rollout import gather_logprobs, gradients, make_labelled, make_samples  # noqa: E402
 from worlds import each_world  # noqa: E402
 
 from mcore_rl import algorithms  # noqa: E402
 from mcore_rl.config import OptimizerConfig, RunConfig, parse_config  # noqa: E402
+from mcore_rl.discriminating import discriminator_loss, sample_of  # noqa: E402
 from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
 from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
 from mcore_rl.model.heads import as_scorer  # noqa: E402
 from mcore_rl.model.optimizer import build_training  # noqa: E402
 from mcore_rl.parallel.collectives import sum_over_ranks  # noqa: E402
 from mcore_rl.parallel.layout import ParallelLayout  # noqa: E402
-from mcore_rl.phases import pack, score_old, update  # noqa: E402
+from mcore_rl.phases import pack, pack_parts, score_old, update  # noqa: E402
 from mcore_rl.types import PackedBatch  # noqa: E402
 from mcore_rl.weights.hf_io import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
@@ -124,7 +126,7 @@ def trained_critic(config: RunConfig, groups, optimizer: str) -> SimpleNamespace
 
 
 def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[str, Any]:
-    """Sums of the loss and of every metric, and gradients, by algorithm; the critic's under "critic"."""
+    """Sums of the loss and of every metric, and gradients, by algorithm, "critic", and objective of GAPO."""
     grpo = frozen_batches(config, groups, algorithms.load("grpo"))
     found: dict[str, Any] = {"logprobs": gather_logprobs(policy.model, grpo, groups)}
     for name in algorithms.available():
@@ -135,6 +137,13 @@ def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[st
     ppo, critic = algorithms.load("ppo"), trained_critic(config, groups, "adam")
     batches = [replace(b, values=b.advantages, returns=b.old_logprobs) for b in grpo]
     found["critic"] = accumulated(config, groups, critic, batches, lambda b, out: ppo.value_loss(b, out.values))
+    for objective, unit in (("bce", 1), ("bradley_terry", 2)):
+        gapo, samples = algorithms.load("gapo", discriminator_objective=objective), map(sample_of, make_labelled())
+        run = SimpleNamespace(plan=SimpleNamespace(config=config, algorithm=gapo), groups=groups)
+        (batches,) = pack_parts(run, [list(samples)], unit)
+        discriminator = trained_critic(config, groups, "adam")
+        loss = discriminator_loss(gapo, len(make_labelled()))
+        found[objective] = accumulated(config, groups, discriminator, batches, loss)
     return found
 
 

@@ -1,7 +1,7 @@
-"""The same training whatever the layout: one step of every algorithm and of a critic, and trajectories.
+"""The same training whatever the layout: a step of every algorithm, of critic and discriminator, and trajectories.
 
 Of a frozen rollout everything that training makes is compared with one rank in fp32 that packs all of it into one
-micro-batch: log-probs; loss, every metric and all gradients (gathered to HF names) of one step of each algorithm; the
+micro-batch: log-probs; loss, every metric and all gradients (gathered to HF names) of one step of each; the
 metrics of five steps of GRPO, GSPO and PPO through the loop's own phases, and the weights after them.
 
     pytest tests/invariance/test_training_layouts.py -m ""    all layouts, minutes

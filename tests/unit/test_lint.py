@@ -25,6 +25,12 @@ ONE_STEP, R2 = {"batch": {"mini_batches": 1}}, {"moe": {"routing_replay": "old"}
 BF16_ENGINE = {"rollout": {"dtype": "bfloat16"}} | QUIET
 MASK = GRPO | {"correction": "mask_seq_geo"}
 DAPO = {"name": "dapo", "overlong_cache": 64}
+COLD, FROZEN = {"discriminator": {"warmup_rounds": 0}}, {"discriminator_steps": 0}
+TRAINED = {"discriminator": {"warmup_rounds": 0, "path": "d"}}
+SMOOTH, PAIRS = {"label_smoothing": 0.1}, {"discriminator_objective": "bradley_terry"}
+NO_FAKES, NO_BUFFER = {"discriminator": {"fake_share": 0.0}}, {"discriminator": {"buffer_size": 0}}
+NO_OLD = {"discriminator": {"buffer_size": 0, "old_share": 0.0}}
+STOP, STOP_ID = {"rollout": {"stop": ["."]}}, {"rollout": {"stop_token_ids": [7]}}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +67,15 @@ DAPO = {"name": "dapo", "overlong_cache": 64}
         ("warning", "rollout.dtype", (GRPO, BF16_ENGINE), (GRPO, {"model": BF16} | BF16_ENGINE)),
         ("warning", "weight_sync.max_logprob_diff", (GRPO, {"model": BF16}), (GRPO, {"model": BF16} | QUIET)),
         ("warning", "algorithm.correction", (MASK, {"model": BF16} | QUIET), (MASK, {})),
+        ("error", "discriminator.warmup_rounds", (GAPO | FROZEN, COLD), (GAPO | FROZEN, TRAINED)),
+        ("warning", "discriminator.warmup_rounds", (GAPO, COLD), (GAPO, {})),
+        ("error", "reward_model.path", (GAPO, REWARD_MODEL), (PPO, REWARD_MODEL)),
+        ("error", "algorithm.label_smoothing", (GAPO | SMOOTH | PAIRS, {}), (GAPO | SMOOTH, {})),
+        ("warning", "discriminator.fake_share", (GAPO, NO_FAKES), (GAPO | FROZEN, NO_FAKES)),
+        ("warning", "discriminator.buffer_size", (GAPO, NO_BUFFER), (GAPO, NO_OLD)),
+        ("warning", "algorithm.band_high", (GAPO | {"band_high": 1.0}, {}), (GAPO | {"band_high": 0.95}, {})),
+        ("warning", "rollout.stop", (GAPO, STOP), (GRPO, STOP)),
+        ("warning", "rollout.stop_token_ids", (GAPO, STOP_ID), (GRPO, STOP_ID)),
         (
             "warning",
             "algorithm.overlong_max_length",
@@ -74,6 +89,6 @@ def test_finding(level, key, wrong, repaired):
     assert (level, key) not in findings(repaired[0], **repaired[1])
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "sapo", "dapo", "cispo", "ppo", "dpo", "sft"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "sapo", "dapo", "cispo", "ppo", "gapo", "dpo", "sft"])
 def test_papers_defaults_are_clean(name):
     assert findings({"name": name}) == []

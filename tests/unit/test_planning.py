@@ -225,6 +225,19 @@ def test_roles(folder):
     assert sum(u.bytes for u in place.uses if u.what == "reserve") == RESERVE
 
 
+def test_a_discriminator_counts_like_a_critic_and_may_be_another_model(folder):
+    (folder / "small").mkdir()
+    (folder / "small" / "config.json").write_text(json.dumps(QWEN3_30B | {"num_hidden_layers": 24}))
+    gapo = {"name": "gapo", "baseline": "group", "kl_coef": 0.0}
+    for section, layers in (({}, 48), ({"path": str(folder / "small")}, 24)):
+        estimate, _ = planned(folder, algorithm=gapo, discriminator=section)
+        place = estimate.places[-1]
+        assert place.parameters.keys() == {"policy", "discriminator"}
+        assert estimate.models.scorers["discriminator"].num_hidden_layers == layers
+        assert {u.what for u in place.uses if u.role == "discriminator"} == {"weights", "gradients", "optimizer"}
+    assert place.parameters["discriminator"] < 0.55 * place.parameters["policy"]
+
+
 def test_advice_is_tried_and_fits(folder):
     """The whole model on every engine GPU does not fit; what is proposed does, by the same estimate."""
     estimate, changes = planned(folder, rollout={"tensor_parallel_size": 1})

@@ -50,6 +50,12 @@ def test_the_picture_has_every_panel_the_run_has_metrics_for(tmp_path):
     ]
 
 
+def test_a_discriminator_has_its_panels():
+    kinds = {f"discriminator/{kind}_accuracy": 0.7 for kind in ("real", "rejected", "fake")}
+    rows = [full_row(step) | kinds | {"reward/audit_mean": step / 10} for step in range(3)]
+    assert {"Rule's reward of rollouts, an audit", "Discriminator, right on unseen sequences"} < set(titles(rows))
+
+
 def test_the_curves_are_the_metrics():
     rows = [full_row(step) for step in range(11)]
     reward, accuracy, _, seconds, *_ = _figure(rows, "x").axes
