@@ -19,6 +19,7 @@ from mcore_rl.rollout.engine import TOKENIZER_FILES
 from mcore_rl.weights.families import SCORE, is_scorer
 from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
+from mcore_rl.weights.sync import WeightExporter, export_hf
 
 
 def check_scorer(
@@ -60,12 +61,24 @@ def check_scorer(
 
 def load_scorer(path: str, config: RunConfig, groups: Groups) -> list[Module]:
     """Chunks of the scorer in a HF folder; of a policy's folder, its backbone with a head of zeros."""
-    on_disk = read_hf_config(path)
-    hf_config = on_disk if is_scorer(on_disk) else as_scorer(on_disk)
+    hf_config = scorer_config(path)
     chunks = build_model(hf_config, config.model, groups)
     shards = megatron_shards(chunks, hf_config, groups)
-    load_hf(path, shards if is_scorer(on_disk) else [s for s in shards if s.hf_name != SCORE])
+    load_hf(path, shards if is_scorer(read_hf_config(path)) else [s for s in shards if s.hf_name != SCORE])
     return chunks
+
+
+def scorer_config(path: str) -> PretrainedConfig:
+    """Of the scorer that `load_scorer` makes of a folder."""
+    on_disk = read_hf_config(path)
+    return on_disk if is_scorer(on_disk) else as_scorer(on_disk)
+
+
+def export_discriminator(config: RunConfig, training: Training, groups: Groups) -> None:
+    """Leave it as a HF folder, a sequence classifier that `reward_model.path` takes; collective."""
+    path = config.discriminator.path or config.model.path
+    exporter = WeightExporter([chunk.module for chunk in training.chunks], scorer_config(path), groups)
+    export_hf(exporter, config.run_dir / "hf_discriminator", path)
 
 
 def critic_training(config: RunConfig, groups: Groups, total_updates: int) -> Training:

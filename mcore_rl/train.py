@@ -32,6 +32,7 @@ from mcore_rl.reference import with_reference
 from mcore_rl.report import write_report
 from mcore_rl.router_watch import router_metrics, watch_routers
 from mcore_rl.run import Run, check_run_folder, make_plan, on_rank_0_only, open_run, world_size
+from mcore_rl.scorers import export_discriminator
 from mcore_rl.weights.sync import export_hf
 
 
@@ -109,10 +110,12 @@ def log_step(run: Run, step: int, metrics: Metrics) -> None:
 
 
 def finish(run: Run) -> None:
-    """Leave the final policy as a HF folder and the report."""
+    """Leave the final policy and discriminator as HF folders, and the report."""
     config = run.plan.config
     if config.checkpoint.export_hf:
         export_hf(run.exporter, config.run_dir / "hf", config.model.path)
+        if run.discriminator is not None:
+            export_discriminator(config, run.trained["discriminator"], run.groups)
     if config.logging.report:
         on_rank_0_only(run.groups, lambda: write_report(config.run_dir))
 

@@ -3,13 +3,16 @@ and a resumed run is the run that was not stopped.
 """
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from runs import Started, command, rows, tiny
+from safetensors.torch import load_file
 from test_resume import numbers
 
 CONSTRAINTS = {
@@ -25,7 +28,6 @@ KINDS = ("real", "rejected", "fake")
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, model):
     """The demo's backbone with a random head."""
-    import torch
     from transformers import AutoModelForSequenceClassification
 
     torch.manual_seed(1)
@@ -55,6 +57,10 @@ def test_a_frozen_discriminator_is_ppo_on_a_reward_model_bit_for_bit(tmp_path, m
         ignored = {*own, "memory/discriminator_parameters", "memory/reward_model_parameters", "memory/trainer_peak_gb"}
         for step, row in ppo.items():
             assert without(gapo[step], ignored) == without(row, ignored)
+    before, after = (load_file(f / "model.safetensors") for f in (classifier, tmp_path / "runs/none/hf_discriminator"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    exported = json.loads((tmp_path / "runs/none/hf_discriminator/config.json").read_text())
+    assert exported["architectures"] == ["Qwen3MoeForSequenceClassification"]
 
 
 def without(row, keys):
