@@ -10,14 +10,19 @@ logic, not a name, needs CUDA or a missing package are functions in `megatron_pa
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
 import logging
+import marshal
+import os
 import sys
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import CodeType, ModuleType
 
 import torch
@@ -63,6 +68,7 @@ def pinned_memory(node: ast.AST) -> ast.AST:
     return node
 
 
+_OWN_SOURCE = zlib.crc32(Path(__file__).read_bytes())
 _TENSOR_TYPES = {f"torch.cuda.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
 REWRITE_RULES: tuple[Rule, ...] = (torch_cuda, cuda_device, tensor_type, cuda_method, pinned_memory)
 
@@ -141,7 +147,10 @@ class _Rewriter(ast.NodeTransformer):
 
 
 class MegatronLoader(importlib.machinery.SourceFileLoader):
-    """Compiles a module of Megatron from its rewritten tree and applies the patches meant for it after its body ran."""
+    """Compiles a module of Megatron from its rewritten tree and applies the patches meant for it after its body ran.
+
+    Parsing, rewriting and compiling cost a second and more of every process, so the result is kept in `__pycache__`.
+    """
 
     def __init__(self, name: str, path: str, rules: Sequence[Rule], patches: Sequence[megatron_patches.Patch]) -> None:
         super().__init__(name, path)
@@ -152,9 +161,23 @@ class MegatronLoader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         if not self.rules or b"cuda" not in source and b"pin_memory" not in source:
             return super().get_code(fullname)
-        # Never through the .pyc cache: its files belong to the unchanged source.
+        # The usual .pyc file belongs to the unchanged source, so the rewritten module is cached beside it.
+        cached = importlib.util.cache_from_source(path, optimization=self._tag())
+        digest = hashlib.sha256(source).digest()
+        if os.path.exists(cached):
+            stored = self.get_data(cached)
+            if stored.startswith(digest):
+                return marshal.loads(stored[len(digest) :])
         tree = ast.fix_missing_locations(_Rewriter(self.rules).visit(ast.parse(source, path)))
-        return compile(tree, path, "exec", dont_inherit=True)
+        code = compile(tree, path, "exec", dont_inherit=True)
+        if not sys.dont_write_bytecode:
+            self.set_data(cached, digest + marshal.dumps(code))  # whole or not at all; nothing where it may not write
+        return code
+
+    def _tag(self) -> str:
+        """Names the rules and this module's version of them in the name of a cache file."""
+        names = ",".join(rule.__name__ for rule in self.rules)
+        return f"cpu{zlib.crc32(names.encode(), _OWN_SOURCE):08x}"
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__cpu_cuda__"] = importlib.import_module(STAND_IN)

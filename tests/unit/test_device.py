@@ -277,6 +277,26 @@ def test_install_twice_is_one_hook():
     assert sys.meta_path == before
 
 
+def test_rewritten_modules_are_cached_by_source_and_rules(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    path = tmp_path / "module.py"
+
+    def constants(rules):
+        loader = device.MegatronLoader("module", str(path), rules, [])
+        return [c for c in loader.get_code("module").co_consts if isinstance(c, str)]
+
+    path.write_text('a = "cuda"\n')
+    assert constants([device.cuda_device]) == ["cpu"] and constants([device.cuda_method]) == ["cuda"]
+    first, second = (tmp_path / "__pycache__").iterdir()
+    assert constants([device.cuda_device]) == ["cpu"]
+    path.write_text('b = "cuda", "b"\n')
+    assert constants([device.cuda_device]) != ["cpu"], "another source is compiled again, whatever its time stamp"
+    for file in (first, second):
+        file.write_bytes(file.read_bytes()[:10])
+    assert constants([device.cuda_method]) != ["cpu"], "a cache that is cut off is not read"
+    assert len(list((tmp_path / "__pycache__").iterdir())) == 2
+
+
 def test_with_cuda_and_transformer_engine_nothing_is_installed():
     done = python(
         "import sys, torch, types\n"
