@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe.gradients import PolicyGraph, noisy_routes, quadratic_estimate
-from moe.measure import Estimates, Forward, exactly
+from moe.measure import Estimates, Forward
 from moe.objectives import (
     COEFFICIENTS,
     GSPO_CLIP,
@@ -151,47 +151,95 @@ def norm_ratio(draws: int, *grams: Tensor):
     return quadratic_estimate(grams, finish, draws)
 
 
-def gradients_under_noise(
+def gradient_estimates(
     forward: Forward,
     new: Any,
     batch: Batch,
     named: Mapping[str, Coefficient],
     parameters: Sequence[Tensor],
+    *,
+    fresh: Probe | None = None,
     sigmas: Sequence[float] = SIGMAS,
     draws: int = 1000,
     seed: int = 0,
     told: Told = lambda what: None,
 ) -> Estimates:
-    """objectives/NAME/noise/SIGMA: |g noisy - g| / |g| with noise in the ratio alone; /noise_all/SIGMA with noise in
-    the differentiated pass too; /noise_vs_token/SIGMA: of the former, over that of the token ratio. And by the length n
-    that answers are cut to: length/n, GSPO's over the token ratio's, and its slope over n on log axes, length/slope.
+    """Noise, and bias where there are fresh answers, of every objective's gradient on this batch.
+
+    Names begin with objectives/NAME: noise/SIGMA is |g noisy - g| / |g| with noise in the ratio alone, noise_vs_token/
+    SIGMA the same over the token ratio's, noise_all with the first noise in the differentiated pass too. bias2 is
+    |E g - E g*|^2 / |E g*|^2, unbiased, so that it may be below 0; cosine is that to g*; snr |E g|^2 over the variance
+    of its estimate. g* is the gradient of fresh answers of the new policy, without a ratio. reference/noise2: variance
+    of g* over |E g*|^2. reference/ceiling: the cosine that a gradient without error would reach. And `averaging_law`.
+
+    Args:
+        fresh: answers of the new policy to the same prompts in the same order, with rewards.
+
+    Raises:
+        ValueError: fresh answers to another number of prompts, or whose rewards do not differ.
     """
-    if batch.routes.expert_ids.shape[1] == 0:
-        return {}
     answers, advantages = batch.probe.answers, batch.advantages
     clean = graph_of(forward, new, batch.probe, None, parameters)
-    c = {name: f(batch.z, advantages, answers) * advantages for name, f in named.items()}
     found: Estimates = {}
-    for i, sigma in enumerate(sigmas):
-        routes = batch.noisy(sigma, seed + i)
-        shaken = graph_of(forward, new, batch.probe, routes, parameters)
-        z = torch.cat([x.detach().double() for x in shaken.logprobs]) - batch.old
-        found[f"noise/{sigma:g}/abs_mean"] = exactly((z - batch.z).abs().mean())
-        c_noisy = {name: f(z, advantages, answers) * advantages for name, f in named.items()}
-        base = None
-        for name in sorted(named, key=lambda name: name != BASE):
-            rows = rows_of(clean, c[name], answers)
-            change = rows_of(clean, c_noisy[name] - c[name], answers)
-            moved = rows_of(shaken, c_noisy[name], answers) - rows
-            size, noise = rows @ rows.T, change @ change.T
-            base = base or (noise, size)
-            found[f"objectives/{name}/noise/{sigma:g}"] = norm_ratio(draws, noise, size)
-            found[f"objectives/{name}/noise_all/{sigma:g}"] = norm_ratio(draws, moved @ moved.T, size)
-            found[f"objectives/{name}/noise_vs_token/{sigma:g}"] = norm_ratio(draws, noise, size, *base)
-            told(f"{name}, router noise {sigma:g}")
-        if i == 0:
-            found |= averaging_law(clean, batch, named, z, draws)
-    return found
+    if fresh is not None:
+        reference = _reference(forward, new, fresh, parameters, len(clean.logprobs))
+        found |= _of_reference(reference, draws)
+    if batch.routes.expert_ids.shape[1] == 0:
+        sigmas = ()  # no router, no noise
+    shaken = [_shaken(forward, new, batch, sigma, seed + i, parameters) for i, sigma in enumerate(sigmas)]
+    base: dict[float, tuple[Tensor, Tensor]] = {}
+    for name in sorted(named, key=lambda name: name != BASE):
+        told(f"gradient of {name}")
+        label = f"objectives/{name}"
+        c = named[name](batch.z, advantages, answers) * advantages
+        rows = rows_of(clean, c, answers)
+        size = rows @ rows.T
+        if fresh is not None:
+            found |= {f"{label}/{k}": e for k, e in _against(rows, reference, draws).items()}
+        for i, (sigma, (graph, z)) in enumerate(zip(sigmas, shaken)):
+            c_noisy = named[name](z, advantages, answers) * advantages
+            change = rows_of(clean, c_noisy - c, answers)
+            noise = change @ change.T
+            base.setdefault(sigma, (noise, size))
+            found[f"{label}/noise/{sigma:g}"] = norm_ratio(draws, noise, size)
+            found[f"{label}/noise_vs_token/{sigma:g}"] = norm_ratio(draws, noise, size, *base[sigma])
+            if i == 0:
+                moved = rows_of(graph, c_noisy, answers) - rows
+                found[f"{label}/noise_all/{sigma:g}"] = norm_ratio(draws, moved @ moved.T, size)
+    return found | (averaging_law(clean, batch, named, shaken[0][1], draws) if shaken else {})
+
+
+def _shaken(
+    forward: Forward, new: Any, batch: Batch, sigma: float, seed: int, parameters: Sequence[Tensor]
+) -> tuple[PolicyGraph, Tensor]:
+    """Graph and log-ratios on noisy routes."""
+    graph = graph_of(forward, new, batch.probe, batch.noisy(sigma, seed), parameters)
+    return graph, torch.cat([x.detach().double() for x in graph.logprobs]) - batch.old
+
+
+def _reference(forward: Forward, new: Any, fresh: Probe, parameters: Sequence[Tensor], num_prompts: int) -> Tensor:
+    graph = graph_of(forward, new, fresh, None, parameters)
+    if len(graph.logprobs) != num_prompts:
+        raise ValueError(f"{len(graph.logprobs)} prompts in the reference, {num_prompts} in the batch")
+    return rows_of(graph, fresh.answers.spread(fresh.advantages), fresh.answers)
+
+
+def _of_reference(rows: Tensor, draws: int) -> Estimates:
+    truth = rows @ rows.T
+    return {
+        "reference/noise2": quadratic_estimate([truth], lambda p: (p[0][0] - p[0][1]) / p[0][1], draws),
+        "reference/ceiling": quadratic_estimate([truth], lambda p: (p[0][1].clamp_min(0) / p[0][0]).sqrt(), draws),
+    }
+
+
+def _against(rows: Tensor, reference: Tensor, draws: int) -> Estimates:
+    apart, own, truth = (x @ x.T for x in (rows - reference, rows, reference))
+    both = rows @ reference.T
+    return {
+        "bias2": quadratic_estimate([apart, truth], lambda p: p[0][1] / p[1][1], draws),
+        "cosine": quadratic_estimate([both, own, truth], lambda p: p[0][0] / (p[1][0] * p[2][0]).sqrt(), draws),
+        "snr": quadratic_estimate([own], lambda p: p[0][1] / (p[0][0] - p[0][1]), draws),
+    }
 
 
 def averaging_law(
@@ -228,46 +276,3 @@ def _slope(pairs: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> Te
     norms = torch.stack([whole.clamp_min(0).log() / 2 for whole, _ in pairs], -1).unflatten(-1, (-1, 4))
     y = norms[..., 0] - norms[..., 1] - norms[..., 2] + norms[..., 3]
     return (y * x).sum(-1) / x.square().sum()
-
-
-def gradients_against_reference(
-    forward: Forward,
-    new: Any,
-    batch: Batch,
-    fresh: Probe,
-    named: Mapping[str, Coefficient],
-    parameters: Sequence[Tensor],
-    draws: int = 1000,
-    told: Told = lambda what: None,
-) -> Estimates:
-    """objectives/NAME/bias2: |E g - E g*|^2 / |E g*|^2, unbiased, so that it may be below 0; /cosine to g*; /snr:
-    |E g|^2 over the variance of its estimate. g* is the gradient of fresh answers of the new policy, without a ratio.
-
-    reference/noise2: variance of g* over |E g*|^2; a bias2 well below it cannot be seen. reference/ceiling: the cosine
-    that a gradient without error would reach.
-
-    Args:
-        fresh: answers of the new policy to the same prompts in the same order, with rewards.
-    """
-    after = fresh.answers
-    reference = rows_of(graph_of(forward, new, fresh, None, parameters), after.spread(fresh.advantages), after)
-    clean = graph_of(forward, new, batch.probe, None, parameters)
-    if len(reference) != len(clean.logprobs):
-        raise ValueError(f"{len(reference)} prompts in the reference, {len(clean.logprobs)} in the batch")
-    truth = reference @ reference.T
-    found = {
-        "reference/noise2": quadratic_estimate([truth], lambda p: (p[0][0] - p[0][1]) / p[0][1], draws),
-        "reference/ceiling": quadratic_estimate([truth], lambda p: (p[0][1].clamp_min(0) / p[0][0]).sqrt(), draws),
-    }
-    for name, coefficient in named.items():
-        answers = batch.probe.answers
-        c = coefficient(batch.z, batch.advantages, answers) * batch.advantages
-        rows = rows_of(clean, c, answers)
-        apart, own, both = ((a @ b.T) for a, b in ((rows - reference,) * 2, (rows,) * 2, (rows, reference)))
-        label = f"objectives/{name}"
-        found[f"{label}/bias2"] = quadratic_estimate([apart, truth], lambda p: p[0][1] / p[1][1], draws)
-        cosine = quadratic_estimate([both, own, truth], lambda p: p[0][0] / (p[1][0] * p[2][0]).sqrt(), draws)
-        found[f"{label}/cosine"] = cosine
-        found[f"{label}/snr"] = quadratic_estimate([own], lambda p: p[0][1] / (p[0][0] - p[0][1]), draws)
-        told(f"{name} against the reference")
-    return found

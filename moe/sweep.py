@@ -21,19 +21,20 @@ KEPT = ("var_z", "var_w", "var_r", "share_routing", "kurtosis_z")
 
 
 def interpolate(model: Any, old: Mapping[str, Tensor], new: Mapping[str, Tensor], alpha: float) -> None:
-    """Set the weights of `model` to old + alpha (new - old), in place.
+    """Set the weights of `model` to old + alpha (new - old), in place. Raises as `require_same_architecture`."""
+    require_same_architecture(old, new)
+    with torch.no_grad():
+        for name, weight in model.state_dict().items():
+            weight.copy_(old[name] + alpha * (new[name] - old[name]))
 
-    Raises:
-        ValueError: old and new have not the same weights.
-    """
+
+def require_same_architecture(old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where two state dicts have not the same names and shapes."""
     names = [n for n in {**old, **new} if n not in old or n not in new or old[n].shape != new[n].shape]
     if names:
         raise ValueError(
             f"OLD and NEW are not the same architecture: {names[0]!r} differs in shape or is missing in one"
         )
-    with torch.no_grad():
-        for name, weight in model.state_dict().items():
-            weight.copy_(old[name] + alpha * (new[name] - old[name]))
 
 
 def step_statistics(

@@ -14,8 +14,7 @@ from moe.probe import Probe
 from moe.scoring import (
     MATCHED,
     batch_of,
-    gradients_against_reference,
-    gradients_under_noise,
+    gradient_estimates,
     objectives_of,
     rows_of,
     usage,
@@ -80,7 +79,7 @@ def test_every_objective_under_noise(scored):
     assert set(COEFFICIENTS) < set(named)
     parameters = [hf.routers_of(new)[2].weight, new.lm_head.weight]
     told = []
-    found = gradients_under_noise(
+    found = gradient_estimates(
         hf.forward_with_logits, new, batch, named, parameters, sigmas=(0.3,), draws=50, told=told.append
     )
     noise = {name: found[f"objectives/{name}/noise/0.3"].value for name in named}
@@ -100,18 +99,22 @@ def test_every_objective_under_noise(scored):
 def test_every_objective_against_fresh_answers(scored):
     new, batch, fresh = scored
     named = {name: objectives_of(batch)[name] for name in ("token", "no ratio")}
-    found = gradients_against_reference(hf.forward_with_logits, new, batch, fresh, named, [new.lm_head.weight], 50)
+    asked = dict(sigmas=(), draws=50)
+
+    def against(probe: Probe) -> dict:
+        arguments = (hf.forward_with_logits, new, batch, named, [new.lm_head.weight])
+        return gradient_estimates(*arguments, fresh=probe, **asked)
+
+    found = against(fresh)
     assert -1 <= found["objectives/token/cosine"].value <= 1
     assert set(found) == {"reference/noise2", "reference/ceiling"} | {
         f"objectives/{name}/{what}" for name in named for what in ("bias2", "cosine", "snr")
     }
-    same = gradients_against_reference(
-        hf.forward_with_logits, new, batch, batch.probe, {"no ratio": named["no ratio"]}, [new.lm_head.weight], 50
-    )
+    same = against(batch.probe)
     assert same["objectives/no ratio/bias2"].value == 0 and same["objectives/no ratio/cosine"].value == pytest.approx(1)
+    assert same["objectives/token/bias2"].value != 0
     with pytest.raises(ValueError, match="5 prompts in the reference, 6 in the batch"):
-        part = fresh.subset(range(20))
-        gradients_against_reference(hf.forward_with_logits, new, batch, part, named, [new.lm_head.weight], 50)
+        against(fresh.subset(range(20)))
 
 
 def test_router_noise_flips_more_the_stronger_it_is(scored):

@@ -1,0 +1,59 @@
+"""moe-stability with what mcore_rl has: vLLM as the rollout engine, and what to do with a Megatron checkpoint.
+
+python tools/moe_stability.py COMMAND ... is the same as moe-stability COMMAND ...
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+# as torchrun does: threads of several processes on the same cores wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from moe import cli  # noqa: E402
+from moe.engine_study import EngineAnswer  # noqa: E402
+from moe.probe import Tokens  # noqa: E402
+
+
+def vllm_answers(
+    model: str, dtype: str, prompts: Sequence[Tokens], num_answers: int, max_tokens: int, seed: int
+) -> list[list[EngineAnswer]]:
+    """A `moe.studies.Engine`: vLLM in a child process that returns routes."""
+    from mcore_rl.config import RolloutConfig, WeightSyncConfig
+    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.types import Prompt, SamplingParams
+
+    engine = open_engine(
+        RolloutConfig(placement="child", max_response_tokens=max_tokens, group_size=num_answers),
+        WeightSyncConfig(),
+        model_path=model,
+        model_dtype=dtype,
+        max_prompt_tokens=max(map(len, prompts)),
+        world_size=1,
+        seed=seed,
+        return_routes=True,
+    )
+    with closing(engine):
+        asked = [Prompt(str(i), tuple(tokens), "") for i, tokens in enumerate(prompts)]
+        groups = engine.generate(asked, SamplingParams(n=num_answers, max_tokens=max_tokens), seed=seed)
+    return [[EngineAnswer(t.response_ids, t.rollout_logprobs, t.expert_ids) for t in g.trajectories] for g in groups]
+
+
+def as_hf(path: Path) -> Path:
+    """Says how a Megatron checkpoint becomes a HF folder. Raises ValueError."""
+    if list(path.glob("**/.metadata")) or list(path.glob("**/common.pt")):
+        raise ValueError(
+            f"{str(path)!r} is a Megatron checkpoint; export it first: python tools/megatron_to_hf.py {path} OUT_HF"
+        )
+    raise ValueError(f"{str(path)!r} is neither a Hugging Face folder (config.json, weights) nor a training run")
+
+
+def main() -> None:
+    cli.main(cli.Bridges(vllm_answers, as_hf))
+
+
+if __name__ == "__main__":
+    main()
