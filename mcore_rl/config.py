@@ -26,6 +26,7 @@ class ModelConfig(Section):
     spec: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TransformerEngine where it is installed
     moe_aux_loss_coef: float = Field(0.0, ge=0)  # load-balancing loss; 0 in RL, 0.01 is usual for SFT
     recompute: Literal["none", "selective", "full"] = "none"
+    fp32_head: bool = False  # bf16 models: logits are multiplied out in fp32
     freeze_router: bool = False  # router weights keep their values; gradients still flow through the gates
 
 

@@ -23,6 +23,7 @@ from moe.decompose import crossover, parts
 from moe.flips import flip_statistics, load_health, loads
 from moe.stats import Answers
 from moe.trace import RoutingTrace
+from moe.watch import Level, alarms_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,20 @@ def router_metrics(run: Run, before: Watched | None, step: int) -> Metrics:
         return {}
     joined = {name: torch.cat([s[name] for s in shares]) for name in shares[0]}
     return summary(joined, run.policy.routers.num_experts)
+
+
+def router_alarms(run: Run, metrics: Metrics, step: int) -> Metrics:
+    """moe/alarm_level (0 ok, 1 watch, 2 unstable) of a step that was looked at; rank 0 says why, and what to change.
+
+    The thresholds and their sources are in `moe.watch`.
+    """
+    if "moe/flip_any" not in metrics:
+        return {}
+    found = alarms_of(metrics, step)
+    if run.log is not None:
+        for alarm in found:
+            print(f"{run.plan.config.name}: routers {alarm}", flush=True)
+    return {"moe/alarm_level": float(max((alarm.level for alarm in found), default=Level.OK))}
 
 
 def summary(tokens: dict[str, Tensor], num_experts: int) -> Metrics:

@@ -41,6 +41,28 @@ def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> No
         )
 
 
+def router_header(config: RunConfig, transformer: Any) -> str:
+    """What happens to the routers in a run, in one line; "" for a dense model.
+
+    Args:
+        transformer: the Megatron configuration of the policy.
+    """
+    if transformer.num_moe_experts is None:
+        return ""
+    rate = transformer.moe_router_bias_update_rate if transformer.moe_router_enable_expert_bias else 0.0
+    parts = (
+        f"{transformer.num_moe_experts} experts, top-{transformer.moe_router_topk}",
+        "router weights frozen" if config.model.freeze_router else "router weights trained",
+        f"aux loss {transformer.moe_aux_loss_coeff:g}",
+        f"z-loss {transformer.moe_z_loss_coeff or 0:g}",
+        f"expert bias {'frozen' if rate == 0 else f'updated at rate {rate:g}'}",
+        f"router in {transformer.moe_router_dtype}",
+        f"output head in {'fp32' if config.model.fp32_head else config.model.dtype}",
+        f"replay {config.moe.routing_replay}",
+    )
+    return "routers: " + ", ".join(parts)
+
+
 def returns_routes(config: RunConfig) -> bool:
     """Whether the rollout engine must say which experts it used."""
     return config.rollout.return_routes or config.moe.routing_replay == "rollout"

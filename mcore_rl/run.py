@@ -32,7 +32,7 @@ from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
-from mcore_rl.routing import check_routing, returns_routes, with_routers
+from mcore_rl.routing import check_routing, returns_routes, router_header, with_routers
 from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, load_scorer
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
@@ -203,8 +203,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         log = on_rank_0_only(groups, lambda: _open_log(plan, start))
         if log is not None:
             stack.callback(log.close)
-            for finding in lint(config, plan.algorithm):
-                print(finding, flush=True)
+            for line in filter(None, (router_header(config, chunks[0].config), *lint(config, plan.algorithm))):
+                print(line, flush=True)
             if config.resume:
                 where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
                 print(f"{config.name}: {where}", flush=True)
@@ -295,6 +295,7 @@ def _policy(plan: Plan, groups: Groups, chunks) -> Policy:
         vocab_size=plan.hf_config.vocab_size,
         temperature=plan.config.rollout.temperature if plan.algorithm.needs_rollouts else 1.0,
         chunk_tokens=plan.config.batch.logprob_chunk_tokens,
+        fp32_head=plan.config.model.fp32_head,
     )
 
 

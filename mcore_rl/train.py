@@ -30,7 +30,7 @@ from mcore_rl.phases import (
 )
 from mcore_rl.reference import with_reference
 from mcore_rl.report import write_report
-from mcore_rl.router_watch import router_metrics, watch_routers
+from mcore_rl.router_watch import router_alarms, router_metrics, watch_routers
 from mcore_rl.run import Run, check_run_folder, make_plan, on_rank_0_only, open_run, world_size
 from mcore_rl.scorers import export_discriminator
 from mcore_rl.weights.sync import export_hf
@@ -77,6 +77,7 @@ def train(config: RunConfig) -> Path:
                         metrics |= evaluate(run)
                 metrics["train/tokens_per_s"] = metrics.pop("num_positions") / timers.seconds["update"]
                 metrics |= timers.metrics() | {"memory/trainer_peak_gb": peak_gb(run.groups)}
+                metrics |= router_alarms(run, metrics, done.step)
                 log_step(run, done.step, metrics)
                 display.update(done.step, metrics)
                 timers = Timers()  # what saving takes is logged with the next step

@@ -85,7 +85,8 @@ def _command() -> str:
 def hf_folder(path: Path) -> Path:
     """A HF folder as it is; the exported policy of a training run; else what the bridge makes of it."""
     for candidate in (path, path / "hf"):
-        if (candidate / "config.json").is_file():
+        weights = [*candidate.glob("*.safetensors"), *candidate.glob("*.bin")]
+        if (candidate / "config.json").is_file() and weights:
             return candidate
     if bridges.as_hf is not None and path.exists():
         return bridges.as_hf(path)

@@ -33,17 +33,22 @@ All = Sequence[Estimates]
 Panel = Callable[[Any, All], None]
 
 
-def png(panels: Sequence[Panel], everything: All, width: float = 4.6, height: float = 3.3) -> bytes:
-    """The panels side by side, drawn without a display or pyplot's global state."""
+def png(panels: Sequence[Panel], everything: All, width: float = 5.0, height: float = 3.4, columns: int = 2) -> bytes:
+    """The panels, `columns` in a row, drawn without a display or pyplot's global state; sizes in inches a panel."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * len(panels), height), layout="constrained")
+        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False).flat):
+        places = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for panel, axes in zip(panels, places):
             panel(axes, everything)
+        for axes in places[len(panels) :]:
+            axes.set_axis_off()
         out = io.BytesIO()
         figure.savefig(out, dpi=140)
     return out.getvalue()
@@ -191,6 +196,7 @@ def sweep_tails(axes: Any, everything: All) -> None:
     draw(axes, everything, "sweep/", "/kurtosis_z", RED, "kurtosis")
     _alpha_axis(axes)
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(min(0, axes.dataLim.y0))
     axes.set_ylabel("0 for a normal distribution")
 
 

@@ -47,7 +47,7 @@ def _bars(
 
 
 def sensitivity(axes: Any, everything: All) -> None:
-    axes.set_title("Change of the gradient under router noise")
+    axes.set_title("Change of the gradient by router noise")
     for sigma, color, offset in zip(SIGMAS, (BLUE, RED), (-0.15, 0.15)):
         _bars(axes, everything, f"noise/{sigma:g}", color, f"noise {sigma:g}", offset, lambda x: max(x, 1e-4))
     axes.set_xscale("log")
@@ -68,8 +68,8 @@ def bias(axes: Any, everything: All) -> None:
 
 
 def used(axes: Any, everything: All) -> None:
-    axes.set_title("What counts, and effective sample size")
-    _bars(axes, everything, "dropped", ORANGE, "share of tokens dropped", -0.15)
+    axes.set_title("Dropped, and effective sample size")
+    _bars(axes, everything, "dropped", ORANGE, "tokens dropped", -0.15)
     _bars(axes, everything, "ess", PURPLE, "effective sample size", 0.15)
     axes.set_xlim(-0.03, 1.03)
     axes.legend(loc="center")

@@ -78,4 +78,4 @@ def over_time(replicate: Replicate, thresholds: dict[str, tuple[float | None, fl
 
         return panel
 
-    return png([of(name) for name in names], [{}], 3.4, 2.6) if names else None
+    return png([of(name) for name in names], [{}], 3.4, 2.5, columns=3) if names else None

@@ -51,7 +51,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
         replicates=replicates,
         verdicts=verdicts,
         sections=[_section(i, everything, verdicts, out) for i in range(1, len(STEPS) + 1)],
-        routers=_figure(ROUTERS, everything, out, 9.0),
+        routers=_figure(ROUTERS, everything, out, 9.5),
         runs=[_run(r, out) for r in replicates if "watch" in r.studies],
         need_scale=NEED_SCALE,
         do_not_say=DO_NOT_SAY,
@@ -84,7 +84,7 @@ def _section(step: int, everything: Sequence[Estimates], verdicts: Sequence[Verd
     }
 
 
-def _figure(spec: Spec, everything: Sequence[Estimates], out: Path, width: float = 4.6) -> Figure | None:
+def _figure(spec: Spec, everything: Sequence[Estimates], out: Path, width: float = 5.0) -> Figure | None:
     measured = [e for e in everything if plots.has([e], *spec.needs)]
     return _embedded(spec.name, plots.png(spec.panels, measured, width), spec.caption, out) if measured else None
 

@@ -16,6 +16,7 @@ from moe.probe import Probe, Sampler, probe_of_rollouts, read_rows, sampled_prob
 from moe.sweep import require_same_architecture
 
 Say = Callable[[str], None]
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -107,15 +108,18 @@ def open_setting(asked: Asked, old_path: Path) -> Setting:
 
 
 def load_tokenizer(path: Path, rows: Sequence[dict[str, Any]]) -> Any:
-    """The tokenizer of a HF folder; None where there is none and every text is given as token ids."""
+    """The tokenizer of a HF folder; None where there is none and every text is given as token ids.
+
+    Raises:
+        ValueError: there is none, and a text.
+    """
     from transformers import AutoTokenizer
 
-    try:
+    if any((path / name).is_file() for name in TOKENIZER_FILES):  # without any, transformers makes an empty one
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        if any(isinstance(row.get(key), str) for row in rows for key in ("prompt", "response")):
-            raise ValueError(f"{str(path)!r} has no tokenizer; give prompts and responses as token ids") from error
-        return None
+    if any(isinstance(row.get(key), str) for row in rows for key in ("prompt", "response")):
+        raise ValueError(f"{str(path)!r} has no tokenizer; give prompts and responses as token ids")
+    return None
 
 
 def sampler_of(model: Any, asked: Asked, seed: int) -> Sampler:

@@ -80,7 +80,7 @@ def judge(claim: Claim, replicates: Mapping[str, Estimates]) -> Verdict:
         return Verdict(claim, standing, reason, texts)
 
     if not found:
-        return verdict(Standing.NOT_SHOWN, f"not run yet: moe-stability {claim.needs}")
+        return verdict(Standing.NOT_SHOWN, _missing(claim, replicates))
     sides = [finding.side for finding in found.values()]
     if claim.proved:
         if all(sides):
@@ -96,6 +96,23 @@ def judge(claim: Claim, replicates: Mapping[str, Estimates]) -> Verdict:
     if sides[0]:
         return verdict(Standing.SUPPORTED, f"in {len(sides)} of {len(sides)} replicates")
     return verdict(Standing.CONTRADICTED, f"the other way round in {len(sides)} of {len(sides)} replicates")
+
+
+RAN = {
+    "compare": "var_z",
+    "sweep": "sweep/",
+    "objectives": "objectives/",
+    "mismatch": "mismatch/",
+    "bench-exact": "exact/",
+}
+
+
+def _missing(claim: Claim, replicates: Mapping[str, Estimates]) -> str:
+    """Whether the command was not run, or ran and had nothing to measure it by."""
+    mark = RAN[claim.needs.split()[0]]
+    if any(name.startswith(mark) for e in replicates.values() for name in e):
+        return f"run, but not measurable: too few flips, or it needs all of moe-stability {claim.needs}"
+    return f"not run yet: moe-stability {claim.needs}"
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:

@@ -1,11 +1,14 @@
-"""moe-stability with what mcore_rl has: vLLM as the rollout engine, and what to do with a Megatron checkpoint.
+"""moe-stability with what mcore_rl has: vLLM as the rollout engine, and its converter for Megatron checkpoints.
 
 python tools/moe_stability.py COMMAND ... is the same as moe-stability COMMAND ...
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -43,12 +46,16 @@ def vllm_answers(
 
 
 def as_hf(path: Path) -> Path:
-    """Says how a Megatron checkpoint becomes a HF folder. Raises ValueError."""
-    if list(path.glob("**/.metadata")) or list(path.glob("**/common.pt")):
-        raise ValueError(
-            f"{str(path)!r} is a Megatron checkpoint; export it first: python tools/megatron_to_hf.py {path} OUT_HF"
-        )
-    raise ValueError(f"{str(path)!r} is neither a Hugging Face folder (config.json, weights) nor a training run")
+    """A Megatron checkpoint of any layout as a Hugging Face folder, which is removed when the program ends.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    from mcore_rl.weights.convert import to_hf
+
+    folder = Path(tempfile.mkdtemp(prefix="moe-stability-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return to_hf(path, folder / "hf")
 
 
 def main() -> None:

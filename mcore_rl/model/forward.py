@@ -53,6 +53,7 @@ class Policy:
         vocab_size: of the HF model; the output matrix may be padded beyond it.
         temperature: of the sampling distribution; divides the logits here too.
         chunk_tokens: positions whose logits exist at once.
+        fp32_head: multiply in fp32 by the output matrix, of which a copy is made for every micro-batch.
     """
 
     chunks: Sequence[Module]
@@ -61,6 +62,7 @@ class Policy:
     temperature: float = 1.0
     chunk_tokens: int = 1024
     routers: Routers | None = None
+    fp32_head: bool = False
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         # both sum the gradients that the tensor ranks' vocabulary shares send back
@@ -69,9 +71,12 @@ class Policy:
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden)
         rows = batch.loss_mask.nonzero()[:, 0]
+        weight = get_attr_wrapped_model(chunk, "output_weight")()
+        if self.fp32_head:
+            hidden, weight = hidden.float(), weight.float()
         logprobs, entropy = token_logprobs(
             hidden[:, 0].index_select(0, rows),
-            get_attr_wrapped_model(chunk, "output_weight")(),
+            weight,
             batch.targets[rows],
             vocab_size=self.vocab_size,
             temperature=self.temperature,

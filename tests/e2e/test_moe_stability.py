@@ -13,6 +13,8 @@ from tiny_models import save_tiny_hf
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.weights.convert import to_megatron
 from moe import cli
 from moe.adapters import hf
 from moe.engine_study import EngineAnswer
@@ -66,9 +68,8 @@ def test_compare_gives_the_whole_report(pair, tmp_path):
     proved = [v for v in verdicts.values() if v["proved"]]
     assert len(proved) == 7 and all(v["standing"] == "guaranteed-holds" for v in proved)
     assert verdicts["flips-happen"]["standing"] == "supported"
-    assert (
-        verdicts["weights-square"]["standing"] == "not shown" and "1 of 3 seeds" in verdicts["weights-square"]["reason"]
-    )
+    alone = verdicts["near-ties"]  # one replicate is one seed
+    assert alone["standing"] == "not shown" and alone["reason"] == "1 of 3 seeds, for it so far"
     assert verdicts["fp32-agrees"]["reason"].startswith("not run yet: moe-stability mismatch")
     html = (out / "report.html").read_text()
     assert html.count("data:image/png;base64,") >= 9 and "http" not in html.split("<body>")[1]  # nothing to load
@@ -89,8 +90,8 @@ def test_compare_gives_the_whole_report(pair, tmp_path):
     code, output = run("report", *three, "--out", tmp_path / "all")
     assert code == 0
     pooled_verdicts = {v["claim"]: v for v in json.loads((tmp_path / "all/verdicts.json").read_text())}
-    assert len(pooled_verdicts["weights-square"]["findings"]) == 3
-    assert pooled_verdicts["product-ess"]["standing"] == "supported"
+    assert len(pooled_verdicts["near-ties"]["findings"]) == 3
+    assert pooled_verdicts["near-ties"]["standing"] == "supported"
 
 
 def test_a_broken_theorem_is_exit_code_1(pair, tmp_path):
@@ -188,23 +189,32 @@ def test_watch_judges_a_run(tmp_path):
     assert "train with moe.log_every=10" in run("watch", tmp_path)[1]
 
 
+def test_a_megatron_checkpoint_is_converted(pair, tmp_path, monkeypatch):
+    old, new, rollouts = pair
+    checkpoint = to_megatron(new, tmp_path / "checkpoint", ParallelLayout(ep=2, dp=2))
+    monkeypatch.setattr(cli.bridges, "as_hf", as_hf)
+    flags = ("--no-sweep", "--no-objectives", "--draws", 20, "--rollouts", rollouts)
+    for name, path in (("megatron", checkpoint), ("hf", new)):
+        code, output = run("compare", old, path, *flags, "--out", tmp_path / name)
+        assert code == 0, output
+    megatron, hf_ = (Study.load(tmp_path / name / "compare.json").estimates for name in ("megatron", "hf"))
+    assert megatron == hf_
+
+
 def test_mistakes_are_told_before_anything_is_computed(pair, tmp_path):
     old, new, rollouts = pair
     other = save_tiny_hf(tmp_path / "other", num_hidden_layers=1)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "text"}\n')
-    (tmp_path / "checkpoint/policy").mkdir(parents=True)
-    (tmp_path / "checkpoint/policy/.metadata").touch()
     for arguments, message in (
         ((old, new), "give either --prompts FILE"),
         ((old, new, "--rollouts", tmp_path / "none.jsonl"), "cannot read"),
         ((old, tmp_path / "nothing", "--rollouts", rollouts), "is no Hugging Face folder"),
+        ((old, tmp_path, "--rollouts", rollouts), "is no Hugging Face folder"),
         ((old, other, "--rollouts", rollouts), "not the same architecture"),
         ((old, new, "--prompts", prompts), "has no tokenizer"),
         ((old, new, "--rollouts", rollouts, "--dtype", "int8"), "allowed are float64, float32, bfloat16"),
     ):
         code, output = run("compare", *arguments, "--out", tmp_path / "out")
         assert code == 2 and message in output, output
-    with pytest.raises(ValueError, match="export it first: python tools/megatron_to_hf.py"):
-        as_hf(tmp_path / "checkpoint")
     assert "1,0.1,0.01" in run("sweep", old, new, "--rollouts", rollouts, "--alphas", "1,2")[1]

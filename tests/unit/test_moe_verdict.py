@@ -70,6 +70,8 @@ def test_a_statement_about_one_pair_needs_one():
 
 def test_what_was_not_run_names_the_command():
     assert judge(claim(within("x")), {"a": {}}).reason == "not run yet: moe-stability compare"
+    ran = judge(claim(within("x")), {"a": {"var_z": est(0, 1)}})
+    assert ran.standing is Standing.NOT_SHOWN and ran.reason.startswith("run, but not measurable")
 
 
 @pytest.mark.parametrize(

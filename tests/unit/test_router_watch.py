@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from mcore_rl.router_watch import summary
+from mcore_rl.router_watch import router_alarms, summary
 
 
 def tokens(**changes) -> dict[str, torch.Tensor]:
@@ -53,3 +55,18 @@ def test_what_does_not_exist_is_left_out():
     """Weights that did not move: no variance to divide by."""
     found = summary(tokens(on_old=torch.zeros(4).double(), new=torch.zeros(4).double()), num_experts=4)
     assert "moe/chi" not in found and "moe/share_routing" not in found and found["moe/flip_any"] == 0.5
+
+
+def test_alarms_are_logged_and_told_once(capsys):
+    def run(log):
+        return SimpleNamespace(log=log, plan=SimpleNamespace(config=SimpleNamespace(name="mine")))
+
+    found = summary(tokens(), num_experts=4)  # chi is 4
+    assert router_alarms(run(object()), found, 7) == {"moe/alarm_level": 1.0}
+    told = capsys.readouterr().out
+    assert "mine: routers watch: step 7: moe/chi = 4" in told and "Try algorithm.name=gspo" in told
+    assert router_alarms(run(None), found | {"mismatch/k3": 0.5}, 7) == {"moe/alarm_level": 2.0}
+    assert not capsys.readouterr().out  # other ranks are silent
+    assert router_alarms(run(object()), {"mismatch/k3": 0.5}, 7) == {}  # not a step that was looked at
+    quiet = {name: value for name, value in found.items() if name == "moe/router_entropy"} | {"moe/flip_any": 0.1}
+    assert router_alarms(run(object()), quiet, 7) == {"moe/alarm_level": 0.0}

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import save_tiny_hf
 
 from mcore_rl.algorithms import load
 from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack, pack_mini_batch, pad, samples_of
-from mcore_rl.routing import check_routing
+from mcore_rl.model.build import read_hf_config, transformer_config
+from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.routing import check_routing, router_header
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 
 MOE = SimpleNamespace(num_experts=8, model_type="qwen3_moe")
@@ -72,3 +75,27 @@ def test_routes_survive_sampling_balancing_and_idle_ranks():
     for rank in range(3):
         (batch,) = pack_mini_batch(samples, load("grpo"), rank=rank, num_ranks=3, budget=10, max_response=8, multiple=4)
         assert torch.equal(batch.rollout_expert_ids[:3], routed(3, 1)) and len(batch.rollout_expert_ids) == 4
+
+
+def test_what_happens_to_the_routers_is_told(tiny_moe_dir, tiny_dense_dir):
+    """Off by default in RL: auxiliary losses and updates of the experts' biases; the router is in fp32."""
+
+    def header(folder, **model) -> str:
+        asked = config(model={"path": str(folder)} | model)
+        return router_header(asked, transformer_config(read_hf_config(folder), asked.model, ParallelLayout()))
+
+    assert header(tiny_dense_dir) == ""
+    plain = "router weights trained, aux loss 0, z-loss 0, expert bias frozen, router in fp32, output head in"
+    for model, head in (({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16"), ({"fp32_head": True}, "fp32")):
+        assert header(tiny_moe_dir, **model) == f"routers: 8 experts, top-2, {plain} {head}, replay none"
+    said = header(tiny_moe_dir, freeze_router=True, moe_aux_loss_coef=0.01)
+    assert "router weights frozen, aux loss 0.01" in said
+
+
+def test_the_bias_of_deepseeks_experts_is_frozen(tmp_path):
+    folder = save_tiny_hf(tmp_path, family="deepseek_v3")
+    transformer = transformer_config(
+        read_hf_config(folder), config(model={"path": str(folder)}).model, ParallelLayout()
+    )
+    assert transformer.moe_router_enable_expert_bias and transformer.moe_router_bias_update_rate == 0
+    assert "expert bias frozen" in router_header(config(), transformer)
