@@ -78,7 +78,9 @@ def generate(
     from mcore_rl.model.build import read_hf_config
     from mcore_rl.rollout.vllm_engine import open_engine
     from mcore_rl.types import Prompt, SamplingParams
+    from mcore_rl.weights.stored import require_hf
 
+    require_hf(model, "model")
     room = read_hf_config(model).max_position_embeddings - max_tokens
     tokenizer = AutoTokenizer.from_pretrained(model)
     asked = [Prompt(f"argument/{i}", encode(tokenizer, text, special=True), text) for i, text in enumerate(prompts)]
@@ -207,7 +209,9 @@ def evaluate(
 def _engine_plan(asked: RunConfig, model: Path | None) -> Plan:
     """The plan of a configuration for one engine alone: the trainer's layout plays no part."""
     from mcore_rl.run import make_plan
+    from mcore_rl.weights.stored import require_hf
 
+    require_hf(model or asked.model.path, "model" if model else "model.path")
     changes: dict = {"parallel": ParallelConfig()}
     if model is not None:
         changes["model"] = asked.model.model_copy(update={"path": str(model)})

@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str  # HF folder: config.json, safetensors, tokenizer
+    path: str  # HF folder (config.json, safetensors, tokenizer), or what `mcore-rl convert` made of one
     dtype: Literal["float32", "bfloat16"] = "float32"
     spec: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: TransformerEngine where it is installed
     moe_aux_loss_coef: float = Field(0.0, ge=0)  # load-balancing loss; 0 in RL, 0.01 is usual for SFT

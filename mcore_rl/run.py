@@ -36,8 +36,8 @@ from mcore_rl.routing import check_routing, returns_routes, router_header, with_
 from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, load_scorer
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
-from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
+from mcore_rl.weights.stored import check_weights, load_weights
 from mcore_rl.weights.sync import WeightExporter
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     if is_scorer(hf_config):
         raise ValueError(f"model.path={config.model.path!r} is a sequence classifier; a policy needs a ...ForCausalLM")
     layout.validate_model(hf_config)
-    check_hf(config.model.path, hf_config)
+    check_weights(config.model.path, hf_config)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     room = hf_config.max_position_embeddings - config.rollout.max_response_tokens
     if room < 1:
@@ -149,7 +149,7 @@ def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedC
 def _check_reference(path: str, algorithm: Algorithm, hf_config: PretrainedConfig) -> None:
     if "reference" not in algorithm.needs:
         raise ValueError(f"reference.path={path!r} is never read: with algorithm.kl_coef=0 there is no reference")
-    check_hf(path, hf_config)
+    check_weights(path, hf_config)
 
 
 def check_run_folder(config: RunConfig) -> None:
@@ -284,7 +284,7 @@ def _load_policy(plan: Plan, groups: Groups, path: str) -> list:
     chunks = build_model(plan.hf_config, plan.config.model, groups)
     if plan.config.model.freeze_router:
         freeze_routers(chunks)
-    load_hf(path, megatron_shards(chunks, plan.hf_config, groups))
+    load_weights(path, megatron_shards(chunks, plan.hf_config, groups))
     return chunks
 
 

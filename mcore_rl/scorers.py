@@ -17,8 +17,8 @@ from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.engine import TOKENIZER_FILES
 from mcore_rl.weights.families import SCORE, is_scorer
-from mcore_rl.weights.hf_io import check_hf, load_hf
 from mcore_rl.weights.shards import megatron_shards
+from mcore_rl.weights.stored import check_weights, load_weights
 from mcore_rl.weights.sync import WeightExporter, export_hf
 
 
@@ -55,7 +55,7 @@ def check_scorer(
         if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"{key}={path!r} has another tokenizer than the policy; it reads the policy's token ids")
     layout.validate_model(hf_config)
-    check_hf(path, hf_config)
+    check_weights(path, hf_config)
     return hf_config
 
 
@@ -64,7 +64,7 @@ def load_scorer(path: str, config: RunConfig, groups: Groups) -> list[Module]:
     hf_config = scorer_config(path)
     chunks = build_model(hf_config, config.model, groups)
     shards = megatron_shards(chunks, hf_config, groups)
-    load_hf(path, shards if is_scorer(read_hf_config(path)) else [s for s in shards if s.hf_name != SCORE])
+    load_weights(path, shards if is_scorer(read_hf_config(path)) else [s for s in shards if s.hf_name != SCORE])
     return chunks
 
 

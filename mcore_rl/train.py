@@ -98,10 +98,10 @@ def due(config: RunConfig, every: int, step: int) -> bool:
 
 def checkpoint(run: Run, done: Progress) -> None:
     """Write checkpoints/step_N."""
-    config = run.plan.config
-    save_checkpoint(
-        config.run_dir / "checkpoints", run.trained, run.groups, done, keep_last=config.checkpoint.keep_last
-    )
+    config, folder = run.plan.config, run.plan.config.run_dir / "checkpoints"
+    own = {"critic": config.critic.path, "discriminator": config.discriminator.path}
+    hf_dirs = {name: own.get(name) or config.model.path for name in run.trained}
+    save_checkpoint(folder, run.trained, run.groups, done, keep_last=config.checkpoint.keep_last, hf_dirs=hf_dirs)
 
 
 def log_step(run: Run, step: int, metrics: Metrics) -> None:

@@ -22,12 +22,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import AutoConfig
 
 from mcore_rl.data.real_fake import DiscriminatorState
+from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
+from mcore_rl.weights.families import is_scorer
+from mcore_rl.weights.hf_io import copy_description
+from mcore_rl.weights.stored import POLICY
 
 _NEARLY_NOTHING = 2**16  # bytes
 
@@ -54,12 +59,20 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, trained: Mapping[str, Training], groups: Groups, progress: Progress, *, keep_last: int
+    folder: Path,
+    trained: Mapping[str, Training],
+    groups: Groups,
+    progress: Progress,
+    *,
+    keep_last: int,
+    hf_dirs: Mapping[str, str] | None = None,
 ) -> Path:
     """Write checkpoints/step_N; collective.
 
     Args:
         trained: the models by name; "policy" is one of them.
+        hf_dirs: folders they came from, whose config and tokenizer files are laid beside the weights: a checkpoint
+            can then be converted without its run. None: it cannot.
 
     Raises:
         OSError: the folder cannot be written (disk full, permissions), on every rank, with the path.
@@ -74,6 +87,8 @@ def save_checkpoint(
             (partial / name).mkdir(parents=True)
 
     def publish() -> None:
+        for name, source in (hf_dirs or {}).items():
+            _describe(partial / name, name, source, next(trained[name].chunks[0].parameters()).dtype)
         if final.exists():
             _remove(final)
         partial.rename(final)
@@ -96,6 +111,14 @@ def save_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
         raise failure from error
     return final
+
+
+def _describe(folder: Path, name: str, hf_dir: str, dtype: torch.dtype) -> None:
+    """What a checkpoint needs to be read without its run."""
+    copy_description(Path(hf_dir), folder, dtype)
+    hf_config = AutoConfig.from_pretrained(folder)
+    if name != POLICY and not is_scorer(hf_config):
+        as_scorer(hf_config).save_pretrained(folder)
 
 
 def _remove(checkpoint: Path) -> None:

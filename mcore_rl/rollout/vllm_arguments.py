@@ -6,6 +6,7 @@ from typing import Any
 
 from mcore_rl.config import RolloutConfig
 from mcore_rl.types import SamplingParams
+from mcore_rl.weights.stored import find_megatron
 
 WORKER_EXTENSION = "mcore_rl.rollout.worker_extension.WorkerExtension"
 MAX_BATCHED_TOKENS = 8192
@@ -39,6 +40,8 @@ def engine_arguments(
         enable_return_routed_experts=return_routes,
         disable_log_stats=True,
         use_tqdm_on_load=False,
+        # a Megatron checkpoint, which only the trainer reads; it sends the weights before it asks for anything
+        load_format="dummy" if find_megatron(model_path) else "auto",
     )
     if not current_platform.is_cpu():
         return arguments | dict(gpu_memory_utilization=rollout.gpu_memory_utilization, enable_sleep_mode=rollout.sleep)

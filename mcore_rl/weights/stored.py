@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from mcore_rl.weights.families import family
 from mcore_rl.weights.hf_io import (
     check_finite,
+    check_hf,
     hf_files,
     is_redundant,
     load_hf,
@@ -168,7 +169,18 @@ def open_weights(path: str | Path, config_dir: str | Path | None = None) -> Stor
 def check_weights(path: str | Path, hf_config: Any) -> None:
     """Raises ValueError unless the folder holds the model of `hf_config`; names the tensors that do not fit."""
     megatron = find_megatron(path)
-    (MegatronWeights(megatron, hf_config) if megatron else HFWeights(Path(path), hf_config)).check()
+    if megatron is None:
+        return check_hf(path, hf_config)
+    MegatronWeights(megatron, hf_config).check()
+
+
+def require_hf(path: str | Path, key: str) -> None:
+    """Raises ValueError if a Megatron checkpoint is given where vLLM reads the weights itself."""
+    if find_megatron(path):
+        raise ValueError(
+            f"{key}={str(path)!r} is a Megatron checkpoint, which vLLM cannot read; make a Hugging Face folder of it: "
+            f"mcore-rl convert {path} OUT --to hf"
+        )
 
 
 @torch.no_grad()
