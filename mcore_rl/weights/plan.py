@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import torch
 
+from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.cuts import Box, volume
-from mcore_rl.weights.shards import Region, Shard
+from mcore_rl.weights.shards import Region, Shard, megatron_boxes, owned_boxes
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,22 @@ class WeightPlan:
             totals[copy.src.rank, copy.dst.rank] += copy.numel * self.itemsize
         return dict(sorted(totals.items()))
 
+    @property
+    def sent(self) -> dict[int, int]:
+        """Source rank -> bytes that it gives to other ranks."""
+        return self._by_rank(0)
+
+    @property
+    def received(self) -> dict[int, int]:
+        """Destination rank -> bytes that come from other ranks."""
+        return self._by_rank(1)
+
+    def _by_rank(self, side: int) -> dict[int, int]:
+        totals: Counter[int] = Counter()
+        for pair, size in self.peers.items():
+            totals[pair[side]] += size if pair[0] != pair[1] else 0
+        return dict(sorted(totals.items()))
+
     @torch.no_grad()
     def execute_local(self) -> None:
         """Copy, where every source and destination is a `Shard` in this process."""
@@ -93,6 +113,26 @@ def plan(src: Iterable[Region], dst: Sequence[Region], itemsize: int | None = No
     if itemsize is None:
         itemsize = dst[0].view.element_size() if dst else 0
     return WeightPlan(copies, itemsize)
+
+
+def plan_between(hf_config: Any, src: ParallelLayout, dst: ParallelLayout, itemsize: int) -> WeightPlan:
+    """From the ranks of one layout to those of another, on other devices; made once, then remembered.
+
+    Args:
+        dst: its ranks count on after those of `src`.
+    """
+    return _plan_between(hf_config.to_json_string(use_diff=False), type(hf_config), src, dst, itemsize)
+
+
+@lru_cache(maxsize=8)
+def _plan_between(config: str, kind: type, src: ParallelLayout, dst: ParallelLayout, itemsize: int) -> WeightPlan:
+    hf_config = kind.from_dict(json.loads(config))
+    wanted = [
+        replace(box, rank=src.world_size + rank)
+        for rank in range(dst.world_size)
+        for box in megatron_boxes(hf_config, dst, rank)
+    ]
+    return plan(owned_boxes(hf_config, src), wanted, itemsize)
 
 
 def _cover(dst: Region, candidates: Sequence[Region]) -> list[Copy]:

@@ -28,7 +28,7 @@ from mcore_rl.weights.plan import plan
 from mcore_rl.weights.shards import Shard, TensorSpec, hf_regions
 
 POLICY = "policy"  # what a training checkpoint calls the model that is trained
-_MAPPED_BYTES = 2**28  # about as much of an HF folder is in memory at once
+_MAPPED_BYTES = 2**27  # about as much of an HF folder is in memory at once
 
 
 class StoredWeights(ABC):

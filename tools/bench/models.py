@@ -47,6 +47,17 @@ SIZES = {
         num_experts_per_tok=4,
         moe_intermediate_size=256,
     ),
+    "300M": dict(
+        vocab_size=8192,
+        hidden_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=64,
+        num_experts=32,
+        num_experts_per_tok=4,
+        moe_intermediate_size=384,
+    ),
 }
 # transformers' implementations worth trying on a CPU; batched_mm copies the experts' weights for every token.
 EXPERTS = ("grouped_mm", "eager")
