@@ -46,7 +46,9 @@ def convert(
     # the fewest ranks that hold both the dense layers' and the experts' shards
     layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp, dp=lcm(tp, ep * etp) // tp)
     if to == "megatron":
-        print(f"{to_megatron(source, out, layout, wanted, config)}: Megatron checkpoint, {layout}")
+        written = to_megatron(source, out, layout, wanted, config)
+        axes = " ".join(f"{name}={size}" for name, size in vars(layout).items() if size > 1)
+        print(f"{written}: Megatron checkpoint of {layout.world_size} ranks {axes}".rstrip())
         return
     if layout != ParallelLayout():
         raise ValueError("a Hugging Face folder has no layout: leave --tp, --pp, --vpp, --ep and --etp away")
