@@ -19,7 +19,7 @@ THOROUGH = {
     "deepseek_v3",
     "qwen3",
     "qwen3_moe",
-}  # in every run of the tests; the others, of much the same rows, in part
+}  # the others, of much the same rows, in part
 DENSE_LAYOUTS = [
     dict(),
     dict(tp=2),
