@@ -1,7 +1,7 @@
 """One table a model family: the Megatron parameters of every layer, each with the HF tensors it is made of.
 
 A table lists the HF names as they are on disk. To add a family: write one function that returns a `Family` and
-register it in FAMILIES (docs/converters.md shows it step by step). Everything that moves weights (load, save, convert,
+register it in FAMILIES (docs/weight_sync.md shows it step by step). Everything that moves weights (load, save, convert,
 sync, reshard) reads these tables. Parameter names are those of Megatron's GPTModel with the layers of
 `mcore_rl.model.layers`; `also` has the names under TransformerEngine, which fuses some norms into linears.
 """
