@@ -76,6 +76,9 @@ class RolloutConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: model.dtype
     max_model_len: int | None = None  # None: longest prompt + max_response_tokens
     tensor_parallel_size: int = Field(1, ge=1)
+    num_engines: int = Field(1, ge=1)  # placement=child on CPU: processes that share the prompts
+    max_staleness: int = Field(0, ge=0)  # weight updates between sampling a token and training on it; 0: synchronous
+    partial: bool = False  # responses in flight at a weight update go on under the new weights; else it waits for them
     kv_cache_gb: float = Field(0.5, gt=0)  # CPU
     return_routes: bool = False  # every response comes with its experts; moe.routing_replay=rollout does it anyway
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # GPU

@@ -28,6 +28,7 @@ class Finding:
 def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     """Everything suspicious in a configuration whose values are all allowed one by one."""
     found = _gradients(config, algorithm) + _ratios(config, algorithm) + _mismatch(config, algorithm)
+    found += _staleness(config, algorithm)
     if isinstance(algorithm, GAPO):
         found += _discriminator(config, algorithm)
     return sorted(found, key=lambda finding: finding.level)
@@ -84,7 +85,7 @@ def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     elif high < 0.01:
         message = f"{high:g} is the clip of a sequence ratio; token ratios leave it at once and lose their gradient"
         found.append(Finding("warning", "algorithm.clip_high", message))
-    if config.batch.mini_batches * config.batch.epochs == 1:
+    if config.batch.mini_batches * config.batch.epochs == 1 and algorithm.old_logprobs == "trainer":
         message = "one optimizer step a rollout: every ratio is 1 and the clip never acts (which may be what you want)"
         found.append(Finding("warning", "batch.mini_batches", message))
     return found
@@ -104,6 +105,9 @@ def _mismatch(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     if bf16 and config.weight_sync.probe_prompts and config.weight_sync.max_logprob_diff < 0.5:
         message = "in bf16 log-probs of a correct sync differ by up to 1 where an expert flips; 1 to 2 is usual"
         found.append(Finding("warning", "weight_sync.max_logprob_diff", message))
+    if bf16 and algorithm.old_logprobs == "rollout":
+        message = "every ratio then holds the rounding of bf16 and the experts it flips, and is clipped for it"
+        found.append(Finding("warning", "algorithm.old_logprobs", message))
     if bf16 and algorithm.correction == "mask_seq_geo" and algorithm.correction_bounds[1] < 1.01:
         message = "in bf16 nearly every short response lies outside these bounds and has no gradient; widen them"
         found.append(Finding("warning", "algorithm.correction", message))
@@ -136,4 +140,24 @@ def _discriminator(config: RunConfig, algorithm: GAPO) -> list[Finding]:
     if config.rollout.stop or config.rollout.stop_token_ids:
         message = "generated responses end as this says, real ones with the end token: it need only look there"
         found.append(Finding("warning", "rollout.stop" if config.rollout.stop else "rollout.stop_token_ids", message))
+    return found
+
+
+def _staleness(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    found, bound = [], config.rollout.max_staleness
+    if bound > 0 and not algorithm.needs_rollouts:
+        message = f"{type(algorithm).__name__} trains on given responses, nothing is generated ahead; set it to 0"
+        found.append(Finding("error", "rollout.max_staleness", message))
+    elif bound > 0 and algorithm.old_logprobs == "trainer" and algorithm.correction == "none":
+        message = (
+            "responses are older than old_logprobs, which are of the weights before the step: no ratio holds what "
+            "changed in between; use tis_token or another correction, or algorithm.old_logprobs=rollout"
+        )
+        found.append(Finding("warning", "algorithm.correction", message))
+    if bound > 1 and not config.rollout.partial:
+        message = (
+            f"all that is in flight is finished before every weight update, so the engine gains nothing by {bound} "
+            "steps over 1, and the rollouts are older; set it to 1, or rollout.partial=true"
+        )
+        found.append(Finding("warning", "rollout.max_staleness", message))
     return found

@@ -19,7 +19,7 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.routing import score_policy
+from mcore_rl.routing import score_policy, with_rollout_routes
 from mcore_rl.run import Run, evaluation_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 
@@ -93,9 +93,13 @@ def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics
     """Fill in what is known before the step: old and reference log-probs, values, and the advantages they lead to."""
     flat, metrics = [b for part in mini_batches for b in part], {}
     if run.plan.algorithm.needs_rollouts:
-        flat, outputs = score_policy(run.policy, flat, run.plan.config.moe.routing_replay)
-        flat = filled(flat, "old_logprobs", [o.logprobs for o in outputs])
-        metrics = mismatch(run, flat)
+        replay = run.plan.config.moe.routing_replay
+        if run.plan.algorithm.old_logprobs == "rollout":
+            flat = [replace(b, old_logprobs=b.rollout_logprobs) for b in with_rollout_routes(flat, replay)]
+        else:
+            flat, outputs = score_policy(run.policy, flat, replay)
+            flat = filled(flat, "old_logprobs", [o.logprobs for o in outputs])
+            metrics = mismatch(run, flat)
     if run.reference_logprobs is not None:
         flat = filled(flat, "ref_logprobs", [run.reference_logprobs.of(b) for b in flat])
     elif run.reference is not None:
@@ -135,18 +139,29 @@ def token_advantages(run: Run, batches: list[PackedBatch]) -> tuple[list[PackedB
 
 
 def mismatch(run: Run, batches: list[PackedBatch]) -> Metrics:
-    """How far the trainer's log-probs are from the engine's, d = log pi_old - log mu, over all response tokens."""
+    """How far the trainer's log-probs are from the engine's, d = log pi_old - log mu, over all response tokens.
+
+    Where tokens say how old they are: mismatch/* of those that the present weights sampled, staleness/* of the others.
+    """
     d = torch.cat([(b.old_logprobs - b.rollout_logprobs)[b.loss_mask] for b in batches]).double()
+    if run.plan.config.rollout.max_staleness == 0:
+        return difference(run, d, "mismatch")
+    stale = torch.cat([b.lags[b.loss_mask] for b in batches]) > 0
+    return difference(run, d[~stale], "mismatch") | difference(run, d[stale], "staleness")
+
+
+def difference(run: Run, d: torch.Tensor, name: str) -> Metrics:
+    """k3, mean and largest absolute value of the differences [n] of all ranks; nothing where there are none."""
     contributes = reports(run)
     sums = {"n": float(d.numel()), "k3": (d.exp() - 1 - d).sum().item(), "abs": d.abs().sum().item()}
     totals = sum_over_ranks(run.groups, sums, contributes=contributes)
-    if totals["n"] == 0:  # every response was taken out of the loss
+    if totals["n"] == 0:  # every response was taken out of the loss, or was of the other kind
         return {}
     worst = max_over_ranks(run.groups, largest([d]) if contributes else 0.0)
     return {
-        "mismatch/k3": totals["k3"] / totals["n"],
-        "mismatch/abs_mean": totals["abs"] / totals["n"],
-        "mismatch/abs_max": worst,
+        f"{name}/k3": totals["k3"] / totals["n"],
+        f"{name}/abs_mean": totals["abs"] / totals["n"],
+        f"{name}/abs_max": worst,
     }
 
 

@@ -33,6 +33,17 @@ def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> No
             f"moe.routing_replay={mode!r}: algorithm.name={config.algorithm['name']!r} samples no rollouts, so no "
             "policy before the step whose routes could be taken again; set it to none"
         )
+    if mode == "old" and algorithm.old_logprobs == "rollout":
+        raise ValueError(
+            "moe.routing_replay='old' takes the routes of the pass before the step, which algorithm.old_logprobs="
+            "'rollout' leaves out; set routing_replay to 'rollout' or old_logprobs to 'trainer'"
+        )
+    if returns_routes(config) and rollout.partial:
+        raise ValueError(
+            "rollout.partial=true: where weights change in the middle of a response, the engine computes what it had "
+            "said before again, and its routes are those of the new weights; set partial to false, or both "
+            "moe.routing_replay=rollout and rollout.return_routes off"
+        )
     one_worker = rollout.tensor_parallel_size == 1 or rollout.placement == "server" or is_available()
     if returns_routes(config) and not one_worker:
         raise ValueError(
@@ -81,9 +92,13 @@ def score_policy(policy: Policy, batches: list[PackedBatch], mode: str) -> tuple
     Under "old" (R2 of arXiv:2512.01374) this pass chooses them, so at unchanged weights each ratio is exactly 1; under
     "rollout" (R3, arXiv:2510.11370) they are the engine's, in this pass too.
     """
-    if mode == "rollout":
-        batches = [replace(b, expert_ids=b.rollout_expert_ids) for b in batches]
+    batches = with_rollout_routes(batches, mode)
     if mode != "old":
         return batches, forward_only(policy, batches)
     outputs, recorded = forward_recorded(policy, batches)
     return [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, recorded, strict=True)], outputs
+
+
+def with_rollout_routes(batches: list[PackedBatch], mode: str) -> list[PackedBatch]:
+    """The batches whose passes take the rollout engine's routes, where `mode` is "rollout"."""
+    return [replace(b, expert_ids=b.rollout_expert_ids) for b in batches] if mode == "rollout" else batches

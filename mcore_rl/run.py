@@ -26,6 +26,7 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.placement import resolve
@@ -59,7 +60,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Run:
-    """A running configuration on this rank. `engine` and `log` exist on rank 0 only."""
+    """A running configuration on this rank. `engine`, `rollouts` and `log` exist on rank 0 only."""
 
     plan: Plan
     groups: Groups
@@ -72,6 +73,7 @@ class Run:
     reward_model: Scorer | None  # its score is the reward, the rule's an audit
     exporter: WeightExporter
     engine: RolloutEngine | None
+    rollouts: RolloutsAhead | None
     transfer: WeightTransfer
     log: RunLog | None
     start: Progress
@@ -221,6 +223,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             reward_model=reward_model,
             exporter=exporter,
             engine=engine,
+            rollouts=engine and open_ahead(engine, rollout_sampling(config), config.rollout, plan.task, start.ahead),
             transfer=transfer,
             log=log,
             start=start,

@@ -2,7 +2,8 @@
 
 One step: collect (`collecting`) -> pack -> score -> update -> sync -> evaluate (`phases`) -> log -> checkpoint.
 GAPO's discriminator learns in between (`discriminating`).
-All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated.
+All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated. With
+`rollout.max_staleness` it generates the batches of coming steps meanwhile.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from mcore_rl.collecting import collect_rollouts
+from mcore_rl.collecting import collect_rollouts, finish_rollouts, start_rollouts, with_rollouts
 from mcore_rl.config import RunConfig, load_config
 from mcore_rl.discriminating import update_discriminator, warm_up_discriminator
 from mcore_rl.launch import exit_code, tell
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> Path:
         with progress_display(config, done.step, enabled=run.log is not None) as display:
             while done.step < config.steps:
                 with timers("collect"):
+                    done = start_rollouts(run, done)
                     samples, done, collected = (collect_rollouts if rl else read_examples)(run, done)
                 rest_engine(run)
                 with timers("pack"):
@@ -69,6 +71,8 @@ def train(config: RunConfig) -> Path:
                 metrics = {**collected, **scored, **updated, **discriminated, **routed}
                 run = adapt_kl(run, metrics, len(samples))
                 done = done.after_step(run.plan.algorithm.kl_coef)
+                with timers("collect"):
+                    finish_rollouts(run)
                 if rl or due(config, config.evaluate.every, done.step):
                     with timers("sync"):
                         metrics |= sync_weights(run, done.policy_version)
@@ -84,7 +88,7 @@ def train(config: RunConfig) -> Path:
                 stop = metrics.get("eval/accuracy", -1.0) >= (config.evaluate.stop_at_accuracy or 2.0)
                 if stop or due(config, config.checkpoint.every, done.step):
                     with timers("checkpoint"):
-                        checkpoint(run, done)
+                        checkpoint(run, with_rollouts(run, done))
                 if stop:
                     break
         finish(run)

@@ -65,15 +65,21 @@ class Trajectory:
     response_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...]  # [T_resp], of the distribution that was sampled from
     finish_reason: str  # "stop" (end token, stop token or string) or "length"
-    policy_version: int  # weight version that sampled it
+    policy_version: int  # weight version that sampled its first token, the oldest
     text: str = ""  # the response, decoded without special tokens
     reward: float | None = None
     rule_reward: float | None = None  # where a model's score is the reward: the rule's, an audit, never trained on
     expert_ids: Tensor | None = field(default=None, compare=False)  # [T-1, L, K], routes the rollout engine took
+    mixed_versions: tuple[int, ...] | None = None  # [T_resp] where weights changed while it was sampled
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
+
+    @property
+    def token_versions(self) -> tuple[int, ...]:
+        """[T_resp], the weight version that sampled each token."""
+        return self.mixed_versions or (self.policy_version,) * len(self.response_ids)
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,15 @@ class RolloutGroup:
         if any(v is None for v in values):
             raise ValueError(f"group of prompt {self.prompt.id!r} has unscored trajectories; score it before asking")
         return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class BatchAhead:
+    """The first round of a step's rollouts, asked of the engine and not yet trained on."""
+
+    step: int
+    first_prompt: int  # data cursor
+    groups: tuple[RolloutGroup, ...] = ()  # what was generated; in a checkpoint only
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ class PackedBatch:
     returns: Tensor | None = None  # [T]
     rollout_expert_ids: Tensor | None = None  # [T, L, K], routes the rollout engine took
     expert_ids: Tensor | None = None  # [T, L, K], routes the policy must take
+    lags: Tensor | None = None  # [T] int64, weight updates since the rollout engine sampled the target
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""

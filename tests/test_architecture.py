@@ -23,6 +23,7 @@ MEGATRON_HOMES = ("mcore_rl/model/", "mcore_rl/parallel/", "mcore_rl/weights/", 
 VLLM_HOMES = (
     "mcore_rl/rollout/vllm_engine.py",
     "mcore_rl/rollout/vllm_arguments.py",
+    "mcore_rl/rollout/vllm_driver.py",
     "mcore_rl/rollout/vllm_patches.py",
     "mcore_rl/rollout/weight_transfer.py",
     "mcore_rl/rollout/weight_backends.py",

@@ -35,6 +35,10 @@ class Algorithm:
         entropy_coef: coefficient of the entropy bonus.
         correction: weight of the policy-gradient term (not of KL and entropy) against the mismatch between trainer and
             rollout engine, see `functional.correction.correction_weights`.
+        old_logprobs: of the policy that the ratio is to. "trainer": the trainer's, computed again at the weights before
+            the step (the proximal policy, where rollouts are older than that). "rollout": what the engine said when it
+            sampled (the behaviour policy; elsewhere "bypass"): ratio and clip then hold staleness and mismatch as well,
+            a forward pass is saved, and there is nothing to correct.
         correction_low, correction_high: its bounds; null takes those of `functional.correction.CORRECTIONS`.
     """
 
@@ -48,12 +52,19 @@ class Algorithm:
     correction: str = "none"
     correction_low: float | None = None
     correction_high: float | None = None
+    old_logprobs: str = "trainer"
 
     def __post_init__(self) -> None:
         self.check_range("kl_coef", "entropy_coef")
         self.check_choice("kl_estimator", KL_ESTIMATORS)
         self.check_choice("aggregation", AGGREGATIONS)
         self.check_choice("correction", tuple(CORRECTIONS))
+        self.check_choice("old_logprobs", ("trainer", "rollout"))
+        if self.old_logprobs == "rollout" and (self.correction != "none" or not self.needs_rollouts):
+            raise ValueError(
+                "algorithm.old_logprobs='rollout' makes the ratio one to the policy that sampled: it needs rollouts, "
+                f"and nothing is left for correction={self.correction!r}; set one of them to 'trainer' or 'none'"
+            )
         low, high = self.correction_bounds
         if not 0 <= low < high:
             raise ValueError(

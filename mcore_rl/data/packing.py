@@ -32,14 +32,19 @@ class Sample:
     rollout_logprobs: tuple[float, ...]  # [num_response]
     group_length: float | None = None  # mean number of loss tokens of its group; None: it has no group
     expert_ids: Tensor | None = field(default=None, compare=False)  # [n-1, L, K] of the rollout engine
+    lags: tuple[int, ...] | None = None  # [num_response] weight updates since each token was sampled
 
     @property
     def positions(self) -> int:
         return len(self.token_ids) - 1
 
 
-def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sample]:
-    """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on."""
+def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm, policy_version: int | None = None) -> list[Sample]:
+    """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on.
+
+    Args:
+        policy_version: the trainer's, where tokens may be of older ones: samples then say how old.
+    """
     samples = []
     for group, advantages in zip(groups, algorithm.batch_advantages(groups), strict=True):
         lengths = [len(t.response_ids) for t in group.trajectories if algorithm.trains_on(t)]
@@ -51,6 +56,7 @@ def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm) -> list[Sam
                 rollout_logprobs=trajectory.rollout_logprobs,
                 group_length=sum(lengths) / max(1, len(lengths)),
                 expert_ids=trajectory.expert_ids,
+                lags=None if policy_version is None else tuple(policy_version - v for v in trajectory.token_versions),
             )
             samples.append(sample if algorithm.trains_on(trajectory) else _untrained(sample))
     return samples
@@ -157,7 +163,7 @@ def _filled_up(length: int, multiple: int) -> int:
 
 
 def _untrained(sample: Sample) -> Sample:
-    return replace(sample, num_response=0, rollout_logprobs=())
+    return replace(sample, num_response=0, rollout_logprobs=(), lags=sample.lags and ())
 
 
 def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -167,7 +173,9 @@ def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
     if missing == 0:
         return batch
     routes = None if batch.rollout_expert_ids is None else _filler_routes(batch.rollout_expert_ids, missing)
-    filler = pack([Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=routes)], [0.0])
+    filler = pack(
+        [Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=routes, lags=None if batch.lags is None else ())], [0.0]
+    )
     joined = {
         f.name: torch.cat([getattr(batch, f.name), getattr(filler, f.name)])
         for f in fields(batch)
@@ -202,6 +210,10 @@ def pack(samples: Sequence[Sample], weights: Sequence[float], segment_multiple: 
 
     rollout_logprobs = torch.zeros(total)
     rollout_logprobs[loss_mask] = torch.tensor([x for s in samples for x in s.rollout_logprobs])
+    lags = None
+    if any(s.lags is not None for s in samples):
+        lags = torch.zeros(total, dtype=torch.int64)
+        lags[loss_mask] = torch.tensor([x for s in samples for x in s.lags or ()], dtype=torch.int64)
     return PackedBatch(
         token_ids=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[:-1], *(0,) * n)]),
         targets=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[1:], *(0,) * n)]),
@@ -214,6 +226,7 @@ def pack(samples: Sequence[Sample], weights: Sequence[float], segment_multiple: 
         old_logprobs=torch.zeros(total),
         rollout_logprobs=rollout_logprobs,
         rollout_expert_ids=_joined_routes(samples, fillers),
+        lags=lags,
     )
 
 

@@ -29,7 +29,7 @@ from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
-from mcore_rl.types import Prompt, RolloutGroup, Trajectory
+from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
 from mcore_rl.weights.families import is_scorer
 from mcore_rl.weights.hf_io import copy_description
 from mcore_rl.weights.stored import POLICY
@@ -42,11 +42,12 @@ class Progress:
     """Where the loop stands: all that a resumed run needs beside model, optimizer and random state."""
 
     step: int = 0  # finished training steps
-    prompts_seen: int = 0  # data cursor
+    prompts_seen: int = 0  # data cursor: what the engine has been asked or the trainer has read
     policy_version: int = 0  # weight updates sent to the rollout engine
     kl_coef: float | None = None  # of the next step; PPO can adapt it
     carried: tuple[RolloutGroup, ...] = ()  # scored groups that the last batch had no room for
     discriminator: DiscriminatorState = DiscriminatorState()
+    ahead: tuple[BatchAhead, ...] = ()  # of the next steps, in order
 
     def after_step(self, kl_coef: float) -> Progress:
         return replace(self, step=self.step + 1, policy_version=self.policy_version + 1, kl_coef=kl_coef)
@@ -54,8 +55,16 @@ class Progress:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """The inverse of `dataclasses.asdict`: checkpoints hold plain values."""
-        discriminator = DiscriminatorState.of(state["discriminator"])
-        return cls(**{**state, "carried": tuple(map(_group, state["carried"])), "discriminator": discriminator})
+        return cls(
+            **state
+            | {
+                "carried": tuple(map(_group, state["carried"])),
+                "ahead": tuple(
+                    replace(BatchAhead(**b), groups=tuple(map(_group, b["groups"]))) for b in state["ahead"]
+                ),
+                "discriminator": DiscriminatorState.of(state["discriminator"]),
+            }
+        )
 
 
 def save_checkpoint(

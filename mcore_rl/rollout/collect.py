@@ -23,7 +23,8 @@ class Collected:
         sampled: everything generated in this step, kept or not, with raw rewards.
         num_kept: groups of `sampled` that passed the filter.
         carried: those of them that the batch had no room for, shaped, without answers: the next step begins with them.
-        generations: calls of the engine.
+        generations: rounds, the one that was there already included.
+        num_drawn: prompts drawn from `cursor` on.
     """
 
     groups: tuple[RolloutGroup, ...]
@@ -31,6 +32,7 @@ class Collected:
     num_kept: int
     carried: tuple[RolloutGroup, ...]
     generations: int
+    num_drawn: int
 
 
 def collect(
@@ -41,18 +43,21 @@ def collect(
     cursor: int,
     num_prompts: int,
     seed: int,
+    first: Sequence[RolloutGroup] = (),
     carried: Sequence[RolloutGroup] = (),
     max_rounds: int = 10,
 ) -> Collected:
     """Sample until `num_prompts` groups pass `algorithm.keep`. Called on every rank, with the same result.
 
-    All groups are of the engine's present policy version but the carried ones, which say so in `policy_version`. At
-    least one round is sampled, as fewer groups are carried than a batch takes: none is ever carried twice.
+    What is rolled out here is of the engine's present policy version; the first round and the carried groups say in
+    `policy_version` how old they are. There is at least one round, as fewer groups are carried than a batch takes: none
+    is ever carried twice.
 
     Args:
         rollout: groups with raw rewards, on every rank, of some prompts and a seed.
         cursor: index of the next training prompt.
         seed: of this step; every round of refilling derives its own.
+        first: the first round, where it has been sampled already, with raw rewards.
         carried: `Collected.carried` of the step before.
         max_rounds: generations before giving up.
 
@@ -60,10 +65,12 @@ def collect(
         ValueError: `max_rounds` generations did not fill the batch, or the reward function failed.
         RolloutError: the engine died.
     """
-    kept, sampled = [], []
+    kept, sampled, drawn = [], [], 0
     for round_ in range(max_rounds):
-        prompts = [task.train_prompt(cursor + len(sampled) + i) for i in range(num_prompts)]
-        groups = rollout(prompts, seed + round_)
+        groups = first if round_ == 0 else ()
+        if not groups:
+            groups = rollout([task.train_prompt(cursor + drawn + i) for i in range(num_prompts)], seed + round_)
+            drawn += num_prompts
         sampled += groups
         kept += [_shape(g, algorithm) for g in groups if algorithm.keep(g)]
         ready = [*carried, *kept]
@@ -73,8 +80,9 @@ def collect(
                 groups=tuple(ready[:num_prompts]),
                 sampled=tuple(sampled),
                 num_kept=len(kept),
-                carried=tuple(map(_without_answer, surplus)),
+                carried=tuple(map(without_answer, surplus)),
                 generations=round_ + 1,
+                num_drawn=drawn,
             )
     raise ValueError(
         f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the "
@@ -103,6 +111,6 @@ def _shape(group: RolloutGroup, algorithm: Algorithm) -> RolloutGroup:
     return replace(group, trajectories=tuple(replace(t, reward=algorithm.reward(t)) for t in group.trajectories))
 
 
-def _without_answer(group: RolloutGroup) -> RolloutGroup:
+def without_answer(group: RolloutGroup) -> RolloutGroup:
     """What a checkpoint can hold: answers and metadata may be objects of any kind, and their use is over."""
     return replace(group, prompt=replace(group.prompt, answer=None, metadata={}))

@@ -24,8 +24,8 @@ class RolloutError(RuntimeError):
 class WeightSyncClient(Protocol):
     """Control plane of a weight update: the four methods of vLLM's `VLLMWeightSyncClient` protocol, all synchronous.
 
-    `start_weight_update` stops generation where requests could be in flight, `finish_weight_update` drops every cached
-    key/value block of the old weights and lets generation go on. All raise RolloutError.
+    Generation is paused around them (`RolloutEngine.pause`). `finish_weight_update` drops every cached key/value block
+    of the old weights, those of requests in flight too. All raise RolloutError.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
@@ -41,7 +41,8 @@ class RolloutEngine(Protocol):
     """A generator of responses whose weights can be replaced in place.
 
     Attributes:
-        policy_version: of the weights it samples from; 0 is the model folder it was opened with.
+        policy_version: of the weights it samples from; 0 is the model folder it was opened with. To be set between
+            `pause` and `resume`, right after the weights: tokens are labelled with it.
         placement: "in_process", "child" or "server".
         weight_backend: the weight-transfer backend it was started with.
         num_workers: processes or ranks that hold the weights (its tensor parallelism).
@@ -63,7 +64,8 @@ class RolloutEngine(Protocol):
 
         The samples of prompt i depend on the weights, `seed`, i and the prompt only: the same call gives the same
         samples (bit for bit in fp32), and two prompts with equal text get different ones. `expert_ids` are there where
-        the engine was opened with `return_routes`.
+        the engine was opened with `return_routes`. Engines outside of this process may be called from several threads
+        at once, and given new weights meanwhile: `token_versions` then say which weights sampled what.
 
         Raises:
             ValueError: a prompt is empty or leaves no room for a response; nothing was sampled.
@@ -73,6 +75,17 @@ class RolloutEngine(Protocol):
 
     def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
         """Run a method of the worker extension on every worker. Raises RolloutError."""
+        ...
+
+    def pause(self) -> None:
+        """Stop generating between two tokens; what is in flight stays, what is asked meanwhile waits.
+
+        Raises RolloutError.
+        """
+        ...
+
+    def resume(self) -> None:
+        """Go on after `pause`: keys and values of what was in flight are computed again where weights have changed."""
         ...
 
     def sleep(self) -> None:
@@ -138,12 +151,27 @@ class Sampled:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish_reason: str
+    token_versions: tuple[int, ...]
     expert_ids: Tensor | None = None  # [T-1, L, K]
 
 
-def make_group(
-    prompt: Prompt, responses: Sequence[Sampled], decode: Decoder | None, policy_version: int
-) -> RolloutGroup:
+def token_versions(spans: Sequence[tuple[str, int, int]] | None, num_tokens: int) -> tuple[int, ...]:
+    """The weight version of each token, from vLLM's (label, start, end) of a response.
+
+    Raises:
+        RolloutError: there are none, or labels that no trainer of ours has set.
+
+    Example:
+        >>> token_versions([("3", 0, 2), ("4", 2, 5)], 5)
+        (3, 3, 4, 4, 4)
+    """
+    versions = [label for label, start, end in spans or () for _ in range(start, end)]
+    if len(versions) != num_tokens or not all(label.isdigit() for label in versions):
+        raise RolloutError(f"the engine says of a response of {num_tokens} tokens that its weights were {spans}")
+    return tuple(map(int, versions))
+
+
+def make_group(prompt: Prompt, responses: Sequence[Sampled], decode: Decoder | None) -> RolloutGroup:
     """The unscored group of one prompt; texts are empty without a tokenizer."""
     texts = decode([r.token_ids for r in responses]) if decode else [""] * len(responses)
     return RolloutGroup(
@@ -154,9 +182,10 @@ def make_group(
                 response_ids=response.token_ids,
                 rollout_logprobs=response.logprobs,
                 finish_reason=response.finish_reason,
-                policy_version=policy_version,
+                policy_version=response.token_versions[0],
                 text=text,
                 expert_ids=response.expert_ids,
+                mixed_versions=response.token_versions if len(set(response.token_versions)) > 1 else None,
             )
             for response, text in zip(responses, texts, strict=True)
         ),

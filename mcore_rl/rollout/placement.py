@@ -16,11 +16,13 @@ def resolve(
         cuda: whether trainer and engine have GPUs; None: as this host.
 
     Raises:
-        ValueError: placement, number of ranks, tensor parallelism, server address and backend do not fit together.
+        ValueError: placement, number of ranks and engines, tensor parallelism, staleness, server address and backend do
+            not fit together.
     """
     placement = rollout.placement
     if placement == "auto":
-        placement = "in_process" if world_size == 1 and rollout.tensor_parallel_size == 1 else "child"
+        alone = world_size == rollout.tensor_parallel_size == rollout.num_engines == 1 and rollout.max_staleness == 0
+        placement = "in_process" if alone else "child"
     if placement == "in_process" and world_size > 1:
         raise ValueError(
             f"rollout.placement='in_process' needs one trainer rank, got {world_size}; use 'child' or 'auto'"
@@ -30,6 +32,26 @@ def resolve(
             f"rollout.placement='in_process' needs rollout.tensor_parallel_size=1, got {rollout.tensor_parallel_size}; "
             "use placement 'child' or 'server'"
         )
+    if placement == "in_process" and rollout.max_staleness > 0:
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness}: an engine in the trainer's process cannot generate while "
+            "that trains; use rollout.placement 'child', 'server' or 'auto'"
+        )
+    if placement != "child" and rollout.num_engines > 1:
+        raise ValueError(
+            f"rollout.num_engines={rollout.num_engines} is for rollout.placement='child', got {placement!r}; several "
+            "servers are a list in rollout.server_url"
+        )
+    if rollout.partial and rollout.max_staleness == 0:
+        raise ValueError(
+            "rollout.partial=true with rollout.max_staleness=0: nothing is in flight when weights change; set "
+            "max_staleness to 1 or more"
+        )
+    if rollout.sleep and rollout.max_staleness > 0:
+        raise ValueError(
+            f"rollout.sleep=true with rollout.max_staleness={rollout.max_staleness}: the engine generates while the "
+            "trainer works and cannot leave it its memory; set one of them off"
+        )
     if placement == "server" and not rollout.server_url:
         raise ValueError("rollout.placement='server' needs rollout.server_url, for example http://127.0.0.1:8000")
     if placement == "server" and rollout.sleep:
@@ -37,7 +59,13 @@ def resolve(
             "rollout.sleep=true is for an engine on the trainer's GPUs, a server has its own; set it to false"
         )
     cuda = torch.cuda.is_available() if cuda is None else cuda
-    return placement, resolve_backend(weight_sync.backend, placement, rollout.tensor_parallel_size, cuda)
+    if cuda and rollout.num_engines > 1:
+        raise ValueError(
+            f"rollout.num_engines={rollout.num_engines}: on a GPU all children would share that of rank 0; use servers "
+            "(rollout.placement='server'), each with GPUs of its own"
+        )
+    workers = rollout.tensor_parallel_size * rollout.num_engines
+    return placement, resolve_backend(weight_sync.backend, placement, workers, cuda)
 
 
 def resolve_backend(backend: str, placement: str, num_workers: int, cuda: bool) -> str:

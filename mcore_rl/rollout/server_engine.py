@@ -17,14 +17,23 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import requests
 
-from mcore_rl.rollout.engine import RolloutError, Sampled, check_prompts, load_decoder, make_group, request_seeds
+from mcore_rl.rollout.engine import (
+    RolloutError,
+    Sampled,
+    check_prompts,
+    load_decoder,
+    make_group,
+    request_seeds,
+    token_versions,
+)
+from mcore_rl.rollout.threads import in_threads
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 from moe.adapters.vllm import RequestRoutes
 
@@ -47,7 +56,6 @@ class ServerEngine:
     placement = "server"
 
     def __init__(self, url: str, model_path: str, timeout_s: float, return_routes: bool = False):
-        self.policy_version = 0
         self.url = url.rstrip("/")
         self._timeout_s = timeout_s
         self._decode = load_decoder(model_path)
@@ -65,6 +73,16 @@ class ServerEngine:
         self.num_workers = facts["num_workers"]
         self.trainer_host = _own_address(self.url)
         self._sample(Prompt("probe", (0,), ""), SamplingParams(max_tokens=1), seed=0)
+        self.policy_version = 0
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        self.post("update_weight_version", {"new_version": str(version)})
+        self._policy_version = version
 
     @property
     def sync_client(self) -> _HttpSyncClient:
@@ -78,12 +96,18 @@ class ServerEngine:
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
     ) -> list[RolloutGroup]:
         """As `generate`, of checked prompts with a seed each."""
-        with ThreadPoolExecutor(CONCURRENT_REQUESTS) as pool:
-            answers = list(pool.map(lambda prompt, s: self._sample(prompt, params, s), prompts, seeds))
+        calls = [partial(self._sample, prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        answers = in_threads(calls, at_once=CONCURRENT_REQUESTS)
         return [self._group(prompt, answer["choices"]) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
         return self.post("collective_rpc", {"method": method, "kwargs": kwargs})["results"]
+
+    def pause(self) -> None:
+        self.post("pause", mode="keep")
+
+    def resume(self) -> None:
+        self.post("resume")
 
     def sleep(self) -> None:
         """A server has GPUs of its own."""
@@ -155,6 +179,10 @@ class ServerEngine:
                 tuple(choice["token_ids"]),
                 tuple(at_token["logprob"] for at_token in choice["logprobs"]["content"]),
                 choice["finish_reason"],
+                token_versions(
+                    [(s["version"], s["start"], s["end"]) for s in choice["weight_versions"] or ()],
+                    len(choice["token_ids"]),
+                ),
                 self._routes
                 and self._routes.read(
                     decode_array(choice["routed_experts"]),
@@ -164,11 +192,11 @@ class ServerEngine:
             )
             for choice in sorted(choices, key=lambda choice: choice["index"])
         ]
-        return make_group(prompt, responses, self._decode, self.policy_version)
+        return make_group(prompt, responses, self._decode)
 
 
 class _HttpSyncClient:
-    """`WeightSyncClient` of a server; requests of others wait during an update and go on with the new weights."""
+    """`WeightSyncClient` of a server."""
 
     def __init__(self, engine: ServerEngine):
         self._engine = engine
@@ -177,7 +205,6 @@ class _HttpSyncClient:
         self._engine.post("init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self._engine.post("pause", mode="keep")
         self._engine.post("start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
@@ -187,7 +214,6 @@ class _HttpSyncClient:
         self._engine.post("finish_weight_update")
         if not self._engine.post("reset_prefix_cache", reset_running_requests="true")["success"]:
             raise RolloutError("the vLLM server could not drop its prefix cache after a weight update")
-        self._engine.post("resume")
 
 
 def decode_array(text: str | None) -> np.ndarray | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import multiprocessing.connection
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from mcore_rl.rollout.engine import (
     load_decoder,
     make_group,
     request_seeds,
+    token_versions,
 )
+from mcore_rl.rollout.engine_group import EngineGroup
 from mcore_rl.rollout.placement import resolve
 from mcore_rl.rollout.server_engine import ServerEngine
-from mcore_rl.rollout.server_group import ServerGroup
 from mcore_rl.rollout.vllm_arguments import engine_arguments, sampling_params
+from mcore_rl.rollout.vllm_driver import Direct, OwnThread
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 from moe.adapters.vllm import RequestRoutes
 
@@ -56,11 +59,20 @@ def open_engine(
     placement, backend = resolve(rollout, weight_sync, world_size)
     if placement == "server":
         urls = [rollout.server_url] if isinstance(rollout.server_url, str) else rollout.server_url
+        if len({url.rstrip("/") for url in urls}) < len(urls):
+            raise ValueError(f"rollout.server_url={urls} names a server twice")
         servers = [ServerEngine(url, model_path, rollout.startup_timeout_s, return_routes) for url in urls]
-        return servers[0] if len(servers) == 1 else ServerGroup(servers)
+        return servers[0] if len(servers) == 1 else EngineGroup(servers)
     dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
     max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
-    return VLLMEngine(model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes)
+    arguments = (model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes)
+    with ExitStack() as started:
+        engines = []
+        for _ in range(rollout.num_engines):
+            engines.append(VLLMEngine(*arguments))
+            started.callback(engines[-1].close)
+        started.pop_all()  # none is closed: all have started
+    return engines[0] if len(engines) == 1 else EngineGroup(engines)
 
 
 class VLLMEngine:
@@ -79,13 +91,12 @@ class VLLMEngine:
         seed: int,
         return_routes: bool,
     ):
-        self.policy_version = 0
         self.placement = placement
         self.weight_backend = backend
         self.num_workers = rollout.tensor_parallel_size
         self.max_model_len = max_model_len
         self._closed = False
-        self._num_requests = 0
+        self._names = map(str, itertools.count())
         self._may_sleep, self._sleeps = rollout.sleep and torch.cuda.is_available(), False
         self._decode = load_decoder(model_path)
         isolation.prepare_environment(backend)
@@ -96,11 +107,25 @@ class VLLMEngine:
         self._llm = _start(arguments, placement, rollout.startup_timeout_s)
         if placement == "child":
             threading.Thread(target=_fail_waiters, args=(self._llm.engine_core,), daemon=True).start()
+            self._driver = OwnThread(self._llm, lambda: all(process.is_alive() for process in self._children()))
+        else:
+            self._driver = Direct(self._llm)
         atexit.register(self.close)
+        self.policy_version = 0
         self._routes = None
         if return_routes:
             facts = self.call_workers("rollout_facts")[0]["routes"]
             self._routes = RequestRoutes(tuple(facts["layers"]), facts["num_experts"])
+
+    @property
+    def policy_version(self) -> int:
+        return self._policy_version
+
+    @policy_version.setter
+    def policy_version(self, version: int) -> None:
+        with self._dead_engine_explained("labelling its weights"):
+            self._driver.call(lambda llm: llm.set_weight_version(str(version)))
+        self._policy_version = version
 
     @property
     def sync_client(self) -> _LocalSyncClient:
@@ -112,34 +137,52 @@ class VLLMEngine:
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[RolloutGroup]:
         check_prompts(prompts, self.max_model_len)
+        return self.sample_groups(prompts, params, request_seeds(seed, len(prompts), params.n))
+
+    def sample_groups(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[RolloutGroup]:
+        """As `generate`, of checked prompts with a seed each."""
         if params.stop and self._decode is None:
             raise ValueError(
                 f"stop strings {params.stop} need a tokenizer, the model folder has none; use stop_token_ids"
             )
         with self._dead_engine_explained("generation"), self._isolated():
             self._wake()
+            requests = [
+                (next(self._names), {"prompt_token_ids": list(prompt.token_ids)}, sampling_params(params, seed))
+                for prompt, seed in zip(prompts, seeds, strict=True)
+            ]
             # What an earlier call left in the cache must not decide how this one is computed.
-            self._reset_prefix_cache()
-            outputs = self._run(prompts, params, seed)
+            outputs = self._driver.run(requests, begin=_reset_prefix_cache)
         return [self._group(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
     def call_workers(self, method: str, **kwargs: Any) -> list[Any]:
         with self._dead_engine_explained(method), self._isolated():
             self._wake()
-            return self._llm.collective_rpc(method, kwargs=kwargs)
+            return self._driver.call(lambda llm: llm.collective_rpc(method, kwargs=kwargs))
+
+    def pause(self) -> None:
+        with self._dead_engine_explained("pausing"), self._isolated():
+            self._wake()
+            self._driver.pause()
+
+    def resume(self) -> None:
+        with self._dead_engine_explained("resuming"):
+            self._driver.resume()
 
     def sleep(self) -> None:
         if not self._may_sleep or self._sleeps:
             return
         with self._dead_engine_explained("falling asleep"), self._isolated():
-            self._llm.sleep(
-                level=1
-            )  # weights to main memory: at level 2 they would be lost, and only a sync brings them
+            # weights to main memory: at level 2 they would be lost, and only a sync brings them
+            self._driver.call(lambda llm: llm.sleep(level=1))
         self._sleeps = True
 
-    def reset_prefix_cache(self) -> None:
+    def drop_caches(self) -> None:
+        """Forget all keys and values, also of requests that are in flight."""
         with self._dead_engine_explained("cache reset"):
-            self._reset_prefix_cache()
+            self._driver.call(lambda llm: _reset_prefix_cache(llm, running=True))
 
     def check_alive(self) -> None:
         if self._closed:
@@ -155,13 +198,14 @@ class VLLMEngine:
             return
         self._closed = True
         atexit.unregister(self.close)
+        self._driver.close()
         with isolation.default_group_kept() if self.placement == "in_process" else nullcontext():
             self._llm.engine_core.shutdown()
         self._llm = None
 
     def _wake(self) -> None:
         if self._sleeps:
-            self._llm.wake_up()
+            self._driver.call(lambda llm: llm.wake_up())
             self._sleeps = False
 
     def _isolated(self):
@@ -172,33 +216,13 @@ class VLLMEngine:
             return []
         return list(self._llm.engine_core.resources.engine_manager.processes)
 
-    def _reset_prefix_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
-            raise RolloutError("vLLM could not drop its prefix cache: requests of an earlier call are still running")
-
-    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, seed: int) -> list[Any]:
-        ids = []
-        try:
-            for prompt, prompt_seed in zip(prompts, request_seeds(seed, len(prompts), params.n), strict=True):
-                ids.append(str(self._num_requests))
-                self._num_requests += 1
-                tokens = {"prompt_token_ids": list(prompt.token_ids)}
-                self._llm.add_request(ids[-1], tokens, sampling_params(params, prompt_seed))
-            finished = {}
-            while self._llm.has_unfinished_requests():
-                finished.update((output.request_id, output) for output in self._llm.step() if output.finished)
-        except BaseException:
-            if all(process.is_alive() for process in self._children()):
-                self._llm.abort_request(ids)
-            raise
-        return [finished[i] for i in ids]
-
     def _group(self, prompt: Prompt, output: Any) -> RolloutGroup:
         responses = [
             Sampled(
                 tuple(r.token_ids),
                 tuple(at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)),
                 r.finish_reason,
+                token_versions([(s.version, s.start, s.end) for s in r.weight_versions or ()], len(r.token_ids)),
                 self._routes
                 and self._routes.read(
                     r.routed_experts, len(prompt.token_ids) + len(r.token_ids), f"response {r.index} of {prompt.id!r}"
@@ -206,7 +230,7 @@ class VLLMEngine:
             )
             for r in sorted(output.outputs, key=lambda response: response.index)
         ]
-        return make_group(prompt, responses, self._decode, self.policy_version)
+        return make_group(prompt, responses, self._decode)
 
     @contextmanager
     def _dead_engine_explained(self, doing: str) -> Iterator[None]:
@@ -226,7 +250,7 @@ class VLLMEngine:
 
 
 class _LocalSyncClient:
-    """`WeightSyncClient` of an engine that this process owns; generation is never in flight during an update."""
+    """`WeightSyncClient` of an engine that this process owns."""
 
     def __init__(self, engine: VLLMEngine):
         self._engine = engine
@@ -242,7 +266,12 @@ class _LocalSyncClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._engine.call_workers("finish_weight_update")
-        self._engine.reset_prefix_cache()
+        self._engine.drop_caches()
+
+
+def _reset_prefix_cache(llm: Any, running: bool = False) -> None:
+    if not llm.reset_prefix_cache(reset_running_requests=running):
+        raise RolloutError("vLLM could not drop its prefix cache: requests of an earlier call are still running")
 
 
 def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:

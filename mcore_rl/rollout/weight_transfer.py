@@ -55,9 +55,12 @@ class WeightTransfer:
         Raises:
             RolloutError: the engine died or refused the weights; it must not be sampled from any more.
         """
+        if self._engine is not None:
+            self._engine.pause()
         self._trainer.send_weights()
         if self._engine is not None:
             self._engine.policy_version = version
+            self._engine.resume()
 
     def close(self) -> None:
         self._trainer.shutdown()

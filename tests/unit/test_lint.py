@@ -31,6 +31,8 @@ SMOOTH, PAIRS = {"label_smoothing": 0.1}, {"discriminator_objective": "bradley_t
 NO_FAKES, NO_BUFFER = {"discriminator": {"fake_share": 0.0}}, {"discriminator": {"buffer_size": 0}}
 NO_OLD = {"discriminator": {"buffer_size": 0, "old_share": 0.0}}
 STOP, STOP_ID = {"rollout": {"stop": ["."]}}, {"rollout": {"stop_token_ids": [7]}}
+BEHAVIOUR, ONE_OFF = GRPO | {"old_logprobs": "rollout"}, {"rollout": {"max_staleness": 1}}
+FOUR_OFF, FOUR_OFF_PARTIAL = {"rollout": {"max_staleness": 4}}, {"rollout": {"max_staleness": 4, "partial": True}}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +64,12 @@ STOP, STOP_ID = {"rollout": {"stop": ["."]}}, {"rollout": {"stop_token_ids": [7]
             (GRPO, {"batch": {"mini_batches": 1, "epochs": 2}}),
         ),
         ("warning", "moe.routing_replay", (GRPO, ONE_STEP | R2), (GRPO, R2)),
+        ("warning", "batch.mini_batches", (GRPO, ONE_STEP), (BEHAVIOUR, ONE_STEP)),
+        ("warning", "algorithm.old_logprobs", (BEHAVIOUR, {"model": BF16} | QUIET), (BEHAVIOUR, {})),
+        ("warning", "algorithm.correction", (GRPO, ONE_OFF), (GRPO | {"correction": "tis_token"}, ONE_OFF)),
+        ("warning", "algorithm.correction", (GRPO, ONE_OFF), (BEHAVIOUR, ONE_OFF)),
+        ("warning", "rollout.max_staleness", (BEHAVIOUR, FOUR_OFF), (BEHAVIOUR, FOUR_OFF_PARTIAL)),
+        ("error", "rollout.max_staleness", (SFT, ONE_OFF), (BEHAVIOUR, ONE_OFF)),
         ("warning", "rollout.top_p", (GRPO, {"rollout": {"top_p": 0.9}}), (GRPO, {})),
         ("warning", "rollout.top_k", (GRPO, {"rollout": {"top_k": 20}}), (GRPO, {})),
         ("warning", "rollout.dtype", (GRPO, BF16_ENGINE), (GRPO, {"model": BF16} | BF16_ENGINE)),
