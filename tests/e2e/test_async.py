@@ -22,6 +22,13 @@ def learned(run_dir):
     return {step: {k: v for k, v in row.items() if not any(name in k for name in CLOCKS)} for step, row in by_step}
 
 
+def assert_equal(one, other):
+    """Up to the last bit of the engine's log-probs: which requests it computes together hangs on when they arrive."""
+    assert one.keys() == other.keys()
+    for step, row in other.items():
+        assert one[step] == pytest.approx(row, rel=1e-6, abs=1e-6), step
+
+
 @pytest.fixture(scope="module")
 def one_off(tmp_path_factory, model, worker):
     """(folder, rows) of a run that is one step off."""
@@ -55,8 +62,8 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(one_off, model, worke
     tiny(folder, model, name="stopped", **STEPS | ONE_OFF)
     code, out, err = worker(command, folder, "train", "config.yaml", "resume=true")
     assert code == 0 and "stopped: continues after step 4\n" in out, err
-    assert learned(folder / "runs" / "stopped") == learned(folder / "runs" / "whole")
     assert set(whole) == set(range(7))
+    assert_equal(learned(folder / "runs" / "stopped"), learned(folder / "runs" / "whole"))
 
 
 @pytest.mark.slow
@@ -70,7 +77,8 @@ def test_zero_is_the_synchronous_loop(tmp_path, model, worker):
         tiny(tmp_path, model, name=name, **STEPS)
         assert worker(command, tmp_path, "train", "config.yaml", *settings)[0] == 0
     here, child, two = (learned(tmp_path / "runs" / name) for name in ("here", "child", "two"))
-    assert here == child == two
+    assert_equal(child, here)
+    assert_equal(two, here)
     assert {row["staleness/max"] for step, row in here.items() if step} == {0}
 
 

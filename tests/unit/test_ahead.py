@@ -1,11 +1,13 @@
 """Batches ahead, with an engine that the test steps: order, waiting, what a checkpoint brings, overlap of clocks."""
 
 import threading
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from mcore_rl.config import RolloutConfig
+from mcore_rl.model.checkpoint import Progress
 from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead, time_within
 from mcore_rl.rollout.engine import RolloutError, token_versions
 from mcore_rl.rollout.engine_group import EngineGroup
@@ -58,6 +60,7 @@ def test_a_checkpoints_batches_come_first_with_the_answers_of_the_task():
     task = SimpleNamespace(train_prompt=lambda i: Prompt(str(i), (i,), str(i), answer=f"answer {i}"))
     stored = tuple(groups_of([Prompt("7", (7,), "7"), Prompt("8", (8,), "8")], 1))
     held = [BatchAhead(step=4, first_prompt=7, groups=stored)]
+    assert Progress.of(asdict(Progress(4, 9, 4, ahead=tuple(held)))).ahead == tuple(held)
     ahead = open_ahead(None, SamplingParams(), RolloutConfig(max_staleness=1), task, held)
     assert [g.prompt.answer for g in ahead.finish()[4]] == ["answer 7", "answer 8"]
     taken = ahead.take(4)
