@@ -65,7 +65,7 @@ def verify(
     from mcore_rl.weights.stored import open_weights
     from mcore_rl.weights.verify import compare
 
-    weights = [open_weights(path, config if not (path / "config.json").is_file() else None) for path in (a, b)]
+    weights = [open_weights(path, config) for path in (a, b)]
     differences = compare(*weights)
     for name, what in differences[:LISTED]:
         print(f"{name}: {what}")

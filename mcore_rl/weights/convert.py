@@ -29,7 +29,7 @@ def to_hf(
     Args:
         source: as `open_weights`.
         dtype: of the files (tensors of fixed dtype keep it); None: every tensor keeps its own.
-        config_dir: folder with config and tokenizer files to carry along; None: the source.
+        config_dir: as `open_weights`; its files are carried along.
 
     Raises:
         ValueError: `out` exists; a tensor of the source is missing, unknown, misshapen, cut off or not finite (names
@@ -37,7 +37,7 @@ def to_hf(
     """
     weights, target = _checked(source, out, config_dir)
     dtypes = {name: spec.dtype for name, spec in _in_dtype(weights, dtype).items()}
-    return save_hf(target, weights.hf_config, config_dir or weights.folder, _tensors(weights, "to HF"), dtypes)
+    return save_hf(target, weights.hf_config, weights.described, _tensors(weights, "to HF"), dtypes)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def to_megatron(
                 writer.write(param, shards, _common_dtype(param, specs))
                 advance(sum(shard.view.nbytes for shard in shards))
         writer.finish()
-        copy_description(Path(config_dir or weights.folder), partial, main_dtype(specs))
+        copy_description(weights.described, partial, main_dtype(specs))
         for file in partial.iterdir():
             to_disk(file)
     return target

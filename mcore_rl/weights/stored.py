@@ -35,12 +35,14 @@ class StoredWeights(ABC):
     """A model in a folder.
 
     Attributes:
+        described: the folder with its config.json and tokenizer files.
         specs: name on disk -> shape and dtype of every tensor that is there and fits the model, in the table's order.
         problems: name -> what is wrong with it, of all others: missing, unknown, misshapen, cut off.
     """
 
     def __init__(self, folder: Path, hf_config: Any) -> None:
-        self.folder, self.hf_config = folder, hf_config
+        self.folder = self.described = folder
+        self.hf_config = hf_config
         self.specs: dict[str, TensorSpec] = {}
         self.problems: dict[str, str] = {}
 
@@ -153,7 +155,7 @@ def open_weights(path: str | Path, config_dir: str | Path | None = None) -> Stor
     """The weights at a path, of either kind; nothing but indices and headers is read.
 
     Args:
-        config_dir: folder with the model's config.json; None: that of the weights.
+        config_dir: folder with config.json and tokenizer files, used where there are none beside the weights.
 
     Raises:
         ValueError: no weights there, an unreadable or cut off file, no config.json or one of an unknown family.
@@ -162,8 +164,11 @@ def open_weights(path: str | Path, config_dir: str | Path | None = None) -> Stor
     folder = megatron or Path(path)
     if not folder.is_dir():
         raise ValueError(f"{str(path)!r} does not exist; pass a Hugging Face folder or a Megatron checkpoint")
-    hf_config = _read_config(Path(config_dir or folder))
-    return MegatronWeights(folder, hf_config) if megatron else HFWeights(folder, hf_config)
+    described = folder if (folder / "config.json").is_file() else Path(config_dir or folder)
+    hf_config = _read_config(described)
+    weights = MegatronWeights(folder, hf_config) if megatron else HFWeights(folder, hf_config)
+    weights.described = described
+    return weights
 
 
 def check_weights(path: str | Path, hf_config: Any) -> None:

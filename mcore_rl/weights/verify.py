@@ -69,12 +69,12 @@ def _difference(x: Tensor, y: Tensor) -> str:
         same = torch.equal(x.to(narrow), y.to(narrow))
         return f"is {x.dtype} and {y.dtype}" + (", the values are the same when rounded" if same else "")
     bits = _BITS[x.element_size()]
-    unequal = x.view(bits) != y.view(bits)
-    count = int(unequal.sum())
-    if not count:
+    if torch.equal(x.view(bits), y.view(bits)):
         return ""
     if x.dim() == 2 and x.shape[0] == x.shape[1] and torch.equal(x, y.T):
         return "is transposed"
+    unequal = x.view(bits) != y.view(bits)
+    count = int(unequal.sum())
     first = tuple(unequal.nonzero()[0].tolist())
     largest = (x.double() - y.double()).abs().max().item()
     return f"differs in {count} of {x.numel()} values, by up to {largest:.3g}, first at {first}"

@@ -112,7 +112,7 @@ def test_resharding(axes, megatron, tmp_path, sources):
     assert not differences(megatron, other) and not differences(other, sources["qwen3_moe"])
 
 
-def test_tied_embeddings_and_scorers(tmp_path):
+def test_tied_embeddings(tmp_path):
     tied = save_tiny_hf(tmp_path / "tied", tie_word_embeddings=True)
     there = to_megatron(tied, tmp_path / "megatron", ParallelLayout(tp=2, pp=2))
     assert not differences(tied, there)
