@@ -159,6 +159,7 @@ class EvaluateConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(0, ge=0)  # training steps; 0: only at the end
     keep_last: int = Field(2, ge=1)
+    asynchronous: bool = False  # write while training goes on, from a copy of the state in the CPU's memory
     export_hf: bool = True  # write hf/ at the end
 
 

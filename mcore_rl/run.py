@@ -193,7 +193,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         reward_model = None
         if config.reward_model.path is not None:
             reward_model = Scorer(load_scorer(config.reward_model.path, config, groups), groups)
-        start = (load_checkpoint(config.run_dir / "checkpoints", trained) if config.resume else None) or Progress()
+        folder = config.run_dir / "checkpoints"
+        start = (load_checkpoint(folder, trained, groups) if config.resume else None) or Progress()
         if start.kl_coef is not None:
             plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
         exporter = WeightExporter(chunks, plan.hf_config, groups)

@@ -17,7 +17,7 @@ from mcore_rl.discriminating import update_discriminator, warm_up_discriminator
 from mcore_rl.launch import exit_code, tell
 from mcore_rl.memory import held_parameters, peak_gb
 from mcore_rl.metrics import Timers, progress_display
-from mcore_rl.model.checkpoint import Progress, save_checkpoint
+from mcore_rl.model.checkpoint_writer import CheckpointWriter
 from mcore_rl.phases import (
     Metrics,
     adapt_kl,
@@ -43,7 +43,7 @@ def train(config: RunConfig) -> Path:
     with open_run(make_plan(config, world_size())) as run:
         rl = run.plan.algorithm.needs_rollouts
         run = with_reference(run)
-        done = run.start
+        done, checkpoints = run.start, checkpoint_writer(run)
         sync_weights(run, done.policy_version)
         if done.step == 0:
             done, warmed_up = warm_up_discriminator(run, done)
@@ -85,12 +85,14 @@ def train(config: RunConfig) -> Path:
                 log_step(run, done.step, metrics)
                 display.update(done.step, metrics)
                 timers = Timers()  # what saving takes is logged with the next step
+                checkpoints.poll()
                 stop = metrics.get("eval/accuracy", -1.0) >= (config.evaluate.stop_at_accuracy or 2.0)
                 if stop or due(config, config.checkpoint.every, done.step):
                     with timers("checkpoint"):
-                        checkpoint(run, with_rollouts(run, done))
+                        checkpoints.save(with_rollouts(run, done))
                 if stop:
                     break
+        checkpoints.wait()
         finish(run)
     return config.run_dir
 
@@ -100,12 +102,12 @@ def due(config: RunConfig, every: int, step: int) -> bool:
     return step == config.steps or (every > 0 and step % every == 0)
 
 
-def checkpoint(run: Run, done: Progress) -> None:
-    """Write checkpoints/step_N."""
-    config, folder = run.plan.config, run.plan.config.run_dir / "checkpoints"
+def checkpoint_writer(run: Run) -> CheckpointWriter:
+    """Into checkpoints/ of the run's folder."""
+    config = run.plan.config
     own = {"critic": config.critic.path, "discriminator": config.discriminator.path}
     hf_dirs = {name: own.get(name) or config.model.path for name in run.trained}
-    save_checkpoint(folder, run.trained, run.groups, done, keep_last=config.checkpoint.keep_last, hf_dirs=hf_dirs)
+    return CheckpointWriter(config.run_dir / "checkpoints", run.trained, run.groups, config.checkpoint, hf_dirs)
 
 
 def log_step(run: Run, step: int, metrics: Metrics) -> None:

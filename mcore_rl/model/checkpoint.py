@@ -1,18 +1,16 @@
-"""Training checkpoints: Megatron's torch_dist format plus the loop's own counters, written beside and renamed.
+"""Training checkpoints: Megatron's torch_dist format plus the loop's own counters. `checkpoint_writer` writes them.
 
-checkpoints/step_000040/    complete, or not there at all; a folder a trained model: policy/, critic/, ...
-checkpoints/step_000050.tmp what a crash leaves; removed by the next save
+A checkpoint can be read under another layout than the one it was written in. Under the same one a run goes on exactly
+as if it had not stopped, random states included.
 """
 
 from __future__ import annotations
 
-import errno
 import re
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoConfig
 
 from mcore_rl.data.real_fake import DiscriminatorState
-from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training
-from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
-from mcore_rl.weights.families import is_scorer
-from mcore_rl.weights.hf_io import copy_description
-from mcore_rl.weights.stored import POLICY
 
 _NEARLY_NOTHING = 2**16  # bytes
 
@@ -67,106 +58,47 @@ class Progress:
         )
 
 
-def save_checkpoint(
-    folder: Path,
-    trained: Mapping[str, Training],
-    groups: Groups,
-    progress: Progress,
-    *,
-    keep_last: int,
-    hf_dirs: Mapping[str, str] | None = None,
-) -> Path:
-    """Write checkpoints/step_N; collective.
+def step_folder(folder: Path, step: int) -> Path:
+    """Of one checkpoint in the folder of all."""
+    return folder / f"step_{step:06d}"
 
-    Args:
-        trained: the models by name; "policy" is one of them.
-        hf_dirs: folders they came from, whose config and tokenizer files are laid beside the weights: a checkpoint
-            can then be converted without its run. None: it cannot.
+
+def complete_steps(folder: Path) -> list[int]:
+    """Of the complete checkpoints, oldest first."""
+    matches = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
+    return sorted(int(m.group(1)) for m in matches if m)
+
+
+def load_checkpoint(folder: Path, trained: Mapping[str, Training], groups: Groups) -> Progress | None:
+    """Load the newest complete checkpoint into the models; None where there is none. Collective.
 
     Raises:
-        OSError: the folder cannot be written (disk full, permissions), on every rank, with the path.
+        ValueError: it was written with a setting that cannot change.
     """
-    final = folder / f"step_{progress.step:06d}"
-    partial = final.with_suffix(".tmp")
-
-    def prepare() -> None:
-        for leftover in folder.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        for name in trained:
-            (partial / name).mkdir(parents=True)
-
-    def publish() -> None:
-        for name, source in (hf_dirs or {}).items():
-            _describe(partial / name, name, source, next(trained[name].chunks[0].parameters()).dtype)
-        if final.exists():
-            _remove(final)
-        partial.rename(final)
-        for old in sorted(_complete(folder))[:-keep_last]:
-            _remove(folder / f"step_{old:06d}")
-
-    try:
-        on_rank_0(groups, prepare)
-        for name, training in trained.items():
-            state = _sharded_state(training, loading=False)
-            state["progress"] = asdict(progress)
-            with _quiet():
-                dist_checkpointing.save(state, str(partial / name))
-        dist.barrier()
-        on_rank_0(groups, publish)
-    except (OSError, CheckpointException) as error:
-        failure = OSError(_why_not_written(final, error))
-        failure.told = groups.rank != 0  # it is the same on every rank (mcore_rl.launch.tell)
-        if groups.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise failure from error
-    return final
-
-
-def _describe(folder: Path, name: str, hf_dir: str, dtype: torch.dtype) -> None:
-    """What a checkpoint needs to be read without its run."""
-    copy_description(Path(hf_dir), folder, dtype)
-    hf_config = AutoConfig.from_pretrained(folder)
-    if name != POLICY and not is_scorer(hf_config):
-        as_scorer(hf_config).save_pretrained(folder)
-
-
-def _remove(checkpoint: Path) -> None:
-    """A kill half way leaves what the next save removes, not a folder that looks complete."""
-    shutil.rmtree(checkpoint.rename(checkpoint.with_suffix(".tmp")))
-
-
-def _why_not_written(checkpoint: Path, error: BaseException) -> str:
-    free = shutil.disk_usage(checkpoint.parent).free if checkpoint.parent.is_dir() else None
-    # the writers' processes lose the error number on its way here
-    full = getattr(error, "errno", None) == errno.ENOSPC or (free is not None and free < _NEARLY_NOTHING)
-    cause = f"disk full, {free} bytes are free" if full else str(error).strip().splitlines()[-1]
-    return (
-        f"checkpoint {str(checkpoint)!r} cannot be written: {cause}; earlier ones are untouched: make room, then "
-        "continue with resume=true"
-    )
-
-
-def load_checkpoint(folder: Path, trained: Mapping[str, Training]) -> Progress | None:
-    """Load the newest complete checkpoint into the models; None where there is none. Collective."""
-    steps = _complete(folder)
+    steps = complete_steps(folder)
     if not steps:
         return None
-    newest = folder / f"step_{max(steps):06d}"
-    progress = [_load(newest / name, training) for name, training in trained.items()]
+    newest = step_folder(folder, steps[-1])
+    progress = [_load(newest / name, training, groups) for name, training in trained.items()]
     return progress[0]
 
 
-def _load(folder: Path, training: Training) -> Progress:
+def _load(folder: Path, training: Training, groups: Groups) -> Progress:
+    written_with = dist_checkpointing.load_common_state_dict(str(folder))["written_with"]
+    _check_settings(folder, written_with, _settings(training, groups))
     _materialise_optimizer_state(training)
-    state = _sharded_state(training, loading=True)
-    with _quiet():
+    state = sharded_state(training, groups, loading=True)
+    if written_with["layout"] != vars(groups.layout):
+        del state["rng"]  # other ranks drew from it
+    with quiet():
         state = dist_checkpointing.load(state, str(folder))
     for i, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{i}"], strict=True)
     training.optimizer.load_state_dict(state["optimizer"])
     training.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["rng"]["torch"])
-    get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
+    if "rng" in state:
+        torch.set_rng_state(state["rng"]["torch"])
+        get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
     return Progress.of(state["progress"])
 
 
@@ -174,17 +106,30 @@ def _group(state: Mapping[str, Any]) -> RolloutGroup:
     return RolloutGroup(Prompt(**state["prompt"]), tuple(Trajectory(**t) for t in state["trajectories"]))
 
 
+def _settings(training: Training, groups: Groups) -> dict[str, Any]:
+    config = training.optimizer.config
+    return {
+        "layout": vars(groups.layout),
+        "parallel.distributed_optimizer": config.use_distributed_optimizer,
+        "optimizer.name": config.optimizer,
+    }
+
+
+def _check_settings(folder: Path, written: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in now.keys() - {"layout"}:
+        if written[name] != now[name]:
+            raise ValueError(
+                f"checkpoint {str(folder)!r} was written with {name}={written[name]!r} and cannot be read with "
+                f"{now[name]!r}: the optimizer's state has another form; set it back. The layout may change"
+            )
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Megatron calls parts of torch that announce their end."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
-
-
-def _complete(folder: Path) -> list[int]:
-    matches = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.glob("step_*"))
-    return [int(m.group(1)) for m in matches if m]
 
 
 def _metadata() -> Mapping:
@@ -197,7 +142,8 @@ def _metadata() -> Mapping:
     }
 
 
-def _sharded_state(training: Training, *, loading: bool) -> dict:
+def sharded_state(training: Training, groups: Groups, *, loading: bool) -> dict[str, Any]:
+    """Of a model and its optimizer, as Megatron's checkpoints take it and give it back."""
     metadata = _metadata()
     model = {f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(training.chunks)}
     merged = {k: v for part in model.values() for k, v in part.items()} if len(model) > 1 else model["model0"]
@@ -207,6 +153,7 @@ def _sharded_state(training: Training, *, loading: bool) -> dict:
         **model,
         "optimizer": training.optimizer.sharded_state_dict(merged, is_loading=loading, metadata=metadata),
         "scheduler": training.scheduler.state_dict(),
+        "written_with": _settings(training, groups),
         "rng": ShardedObject("rng", rng, (world,), (rank,)),
     }
 

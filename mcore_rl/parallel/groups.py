@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,8 @@ _COLLECTIVE_FAILURES = (
     "connection refused",
     "broken pipe",
 )
+
+_PATIENCE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -121,11 +124,33 @@ def explain_timeouts(timeout_s: float) -> Iterator[None]:
         ours = type(error).__module__.startswith("mcore_rl")  # a lost engine or server has said so in its own words
         if ours or not any(sign in str(error).lower() for sign in _COLLECTIVE_FAILURES):
             raise
-        raise RuntimeError(
-            f"rank {os.environ.get('RANK', 0)} lost another rank in a collective (limit {timeout_s:g} s). Look for the "
-            "first error in the other ranks' output: usually one of them failed or was killed. If all are alive and "
-            f"only slow, raise parallel.timeout_s. Cause: {error}"
-        ) from error
+        first, silent = _ask_the_others()
+        lost = f"rank {', '.join(map(str, silent))}, which does not answer," if silent else "another rank"
+        failure = RuntimeError(
+            f"rank {os.environ.get('RANK', 0)} lost {lost} in a collective (limit {timeout_s:g} s). Look for the "
+            "first error in the other ranks' output: usually one of them failed, hangs or was killed. If all are alive "
+            f"and only slow, raise parallel.timeout_s. Cause: {error}"
+        )
+        failure.told = not first  # it is told by the first that noticed (mcore_rl.launch.tell)
+        raise failure from error
+
+
+def _ask_the_others() -> tuple[bool, list[int]]:
+    """Whether this rank is the first that lost another, and the ranks that soon after have not lost one themselves:
+    what was killed or hangs is among them. Nobody, where their common store is gone too."""
+    try:
+        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        others = [r for r in range(dist.get_world_size()) if r != rank]
+        first = store.add("mcore_rl/lost", 1) == 1
+        store.set(f"mcore_rl/lost/{rank}", "")
+        # the first ends first: with it the launcher ends all
+        end = time.monotonic() + (_PATIENCE_S if first else 2 * _PATIENCE_S)
+        while time.monotonic() < end and others:
+            others = [r for r in others if not store.check([f"mcore_rl/lost/{r}"])]
+            time.sleep(0.1)
+        return first, others
+    except (RuntimeError, ValueError):  # no process group, or no connection
+        return True, []
 
 
 def _local_device() -> torch.device:

@@ -132,14 +132,27 @@ def adam_step_unshared(distrib_optimizer: ModuleType) -> None:
 
 
 @_patches("megatron.core.dist_checkpointing.strategies.filesystem_async")
-def no_manager_process(filesystem_async: ModuleType) -> None:
+def written_in_this_process(filesystem_async: ModuleType) -> None:
     """filesystem_async.py:51 passes the results of writing through a spawned Manager process, which imports the main
-    module again: seven seconds a rank at the first checkpoint. Saves here are synchronous and need no other process."""
-    results: queue.Queue = queue.Queue()
-    filesystem_async._get_write_results_queue = lambda: results
+    module again: seven seconds a rank at the first checkpoint. And :251 forks a process a file, which is not safe where
+    other threads compute, as they do beside a thread that writes. Write in the calling thread."""
+    cls = filesystem_async.FileSystemWriterAsync
+
+    def write(transforms: list, use_msc: bool, rank: int, buckets: list, results: queue.Queue) -> None:
+        found: dict[int, list] = {}
+        for i, bucket in enumerate(buckets):
+            written, counted = queue.Queue(), queue.Queue()
+            counted.put(i)
+            cls.write_preloaded_data(transforms, i, bucket, written, counted, use_fsync=True)
+            _, found[i] = written.get()
+        failures = [x for x in found.values() if isinstance(x, Exception)]
+        results.put(failures[0] if failures else found)
+
+    cls.write_preloaded_data_multiproc = staticmethod(write)
+    filesystem_async._get_write_results_queue = queue.Queue
 
 
-WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather, no_manager_process)
+WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather, written_in_this_process)
 WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (
     router_gemm,
     latent_attention_linear,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import rollout
+from tools.bench import logprob, rollout
 from tools.bench.side_by_side import check_equal, interleave, ratios
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +17,8 @@ SMALL = {
     "rollout": ["--prompts", "4", "--prompt-tokens", "8", "--response-tokens", "8"],
     "train_step": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16"],
     "weight_sync": [],
+    "packing": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16", "--budget", "48"],
+    "checkpoint": [],
     "routing": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16"],
 }
 
@@ -52,6 +54,30 @@ def test_train_step():
     assert all("tokens_per_s" in row and "cpu_seconds" in row for row in result["contenders"].values())
     assert result["equal"].keys() == {"loss_relative_diff", "grad_norm_relative_diff"}
     assert all(value <= 1e-5 for value in result["equal"].values())
+
+
+def test_packing():
+    result = result_of("packing")
+    assert set(result["ratios"]) == {"padded / packed"}
+    positions = result["work"]["positions"]
+    assert positions["padded"] > positions["packed"]
+    assert result["work"]["bound"] == positions["padded"] / positions["packed"]
+    assert 0 < result["equal"]["grad_norm_relative_diff"] <= 1e-5
+
+
+def test_checkpoint():
+    result = result_of("checkpoint")
+    assert {"save / plain write", "load / plain read"} < set(result["ratios"]) and len(result["ratios"]) == 3
+    assert result["equal"]["different_elements"] == 0 and result["work"]["bytes"] > 1e6
+
+
+def test_logprob(capsys):
+    logprob.main(tokens=512, hidden_size=8, vocab=4096, chunks=[32], repeats=1, seed=0, json=True)
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["contenders"]) == {"chunks of 32", "materialised"}
+    assert 0 < result["equal"]["relative_diff"] <= 1e-5
+    peaks, logits = result["peak_bytes"], result["work"]["logits_bytes"]
+    assert peaks["materialised"] > 2 * logits > peaks["chunks of 32"]
 
 
 def test_weight_sync():

@@ -188,6 +188,22 @@ def test_a_killed_engine_ends_the_run_with_the_cause(tmp_path, model):
         assert "Traceback" not in run.err.read_text()
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_and_ends_the_run(tmp_path, model):
+    config = tiny(tmp_path, model, **LONG_GENERATION, parallel={"ep": 2, "timeout_s": 20})
+    with Started(tmp_path, config, ranks=2) as run:
+        run.wait_for_step(1)
+        shared = run.shared_files()
+        run.rank(1).suspend()
+        started = time.monotonic()
+        assert run.wait(120) == 1
+        assert time.monotonic() - started < 20 + 30 + 20, "the limit, what torchrun gives a rank to end, and the rest"
+        assert_nothing_left(run, shared)
+        (line,) = run.errors()
+        assert "rank 0 lost rank 1, which does not answer, in a collective (limit 20 s)" in line
+        assert "Traceback" not in run.err.read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_stopped_launcher_takes_everything_with_it(tmp_path, model, number):
     with Started(tmp_path, tiny(tmp_path, model, **EP2, **LONG_GENERATION), ranks=2) as run:

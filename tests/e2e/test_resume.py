@@ -74,3 +74,26 @@ def test_two_ranks_with_sharded_experts_and_optimizer(tmp_path, model):
     for step, row in numbers(killed).items():
         assert resumed[step] == pytest.approx(row, rel=1e-6, abs=1e-6), step
     assert checkpoints(run.run_dir) == ["step_000004", "step_000006"]
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on_with_the_same_losses(tmp_path, model):
+    """From tensor and expert ranks to pipeline stages, by asynchronous saves; what it would have done is known."""
+    sections = STEPS | {"checkpoint": STEPS["checkpoint"] | {"asynchronous": True, "keep_last": 9}}
+    with Started(tmp_path, tiny(tmp_path, model, parallel={"tp": 2, "ep": 2}, **sections), ranks=2) as run:
+        assert run.wait(600) == 0, run.err.read_text()
+    whole = numbers(rows(run.run_dir))
+    assert_it_means_something(whole)
+    assert checkpoints(run.run_dir) == ["step_000002", "step_000004", "step_000006"]
+    for late in ("step_000004", "step_000006"):
+        shutil.rmtree(run.run_dir / "checkpoints" / late)
+    with Started(tmp_path, tiny(tmp_path, model, parallel={"pp": 2}, **sections), "resume=true", ranks=2) as run:
+        assert run.wait(600) == 0, run.err.read_text()
+        assert "run: continues after step 2\n" in run.out.read_text()
+        assert_nothing_left(run, set())
+    resumed = numbers(rows(run.run_dir))
+    assert set(resumed) == set(range(7))
+    of_the_layout = ("memory/", "train/num_positions")
+    for step, row in whole.items():
+        same = {name: value for name, value in row.items() if not name.startswith(of_the_layout)}
+        assert {name: resumed[step][name] for name in same} == pytest.approx(same, rel=1e-4, abs=1e-4), step

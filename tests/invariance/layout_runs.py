@@ -36,7 +36,8 @@ from mcore_rl.weights.sync import WeightExporter  # noqa: E402
 
 STEPS = 5
 KL = dict(kl_coef=0.05, entropy_coef=0.01)  # in every algorithm that has them, so that those terms are compared too
-CLIP = dict(clip_low=0.05, clip_high=0.05)  # so that some tokens are clipped after small steps
+# So that some tokens are clipped after small steps; no ratio is within 1e-4 of the bounds, where rounding would decide.
+CLIP = dict(clip_low=0.07, clip_high=0.07)
 TRAJECTORIES = {"grpo": KL | CLIP, "gspo": {}, "ppo": dict(kl_coef=0.05) | CLIP}
 # Adam with a small eps turns the rounding noise of its first steps into steps of full size.
 OPTIMIZERS = {"sgd": dict(name="sgd", lr=0.2, clip_grad=0.5), "adam": dict(lr=1e-3, eps=1e-3, clip_grad=0.5)}
@@ -168,35 +169,45 @@ def accumulated(config: RunConfig, groups, model: SimpleNamespace, batches, loss
 
 
 def trajectory(config: RunConfig, groups, name: str, fields: dict[str, Any], optimizer: str) -> dict[str, Any]:
-    """Metrics of every step of the loop's own scoring and updating, and the weights they lead to.
+    """Metrics of every step of the loop's own scoring and updating, and the weights they lead to."""
+    run = open_run(config, groups, name, fields, optimizer)
+    return {"steps": [one_step(run, step) for step in range(STEPS)], "weights": weights_of(run)}
 
-    A step has two mini-batches: in the second the policy has left the one that the old log-probs are of.
-    """
+
+def open_run(config: RunConfig, groups, name: str, fields: dict[str, Any], optimizer: str) -> SimpleNamespace:
+    """As much of a `mcore_rl.run.Run` as scoring and updating a given rollout take."""
     algorithm, policy = algorithms.load(name, **fields), trained_policy(config, groups, optimizer)
     critic = trained_critic(config, groups, optimizer) if "critic" in algorithm.needs else None
     models = {"policy": policy} | ({"critic": critic} if critic else {})
-    run = SimpleNamespace(
+    return SimpleNamespace(
         plan=SimpleNamespace(config=config, algorithm=algorithm),
         groups=groups,
         policy=policy.model,
         critic=critic and critic.model,
         reference=frozen_policy(config, groups) if "reference" in algorithm.needs else None,
         reference_logprobs=None,
-        trained={name: model.training for name, model in models.items()},
+        trained={role: model.training for role, model in models.items()},
+        exporters={role: model.exporter for role, model in models.items()},
     )
-    steps = []
-    for step in range(STEPS):
-        mini_batches = pack(run, make_samples(), step, config.batch.mini_batches, algorithm.unit)
-        mini_batches, scored = score_old(run, mini_batches)
-        steps.append(scored | update(run, mini_batches, step))
-        del steps[-1]["num_positions"]  # how much is filled up is the layout's
-    weights = {
-        f"{role}/{key}": tensor.clone()
-        for role, model in models.items()
-        for key, tensor in model.exporter
+
+
+def one_step(run: SimpleNamespace, step: int) -> dict[str, float]:
+    """Metrics of a step of two mini-batches: in the second the policy has left that of the old log-probs."""
+    config = run.plan.config
+    mini_batches = pack(run, make_samples(), step, config.batch.mini_batches, run.plan.algorithm.unit)
+    mini_batches, scored = score_old(run, mini_batches)
+    metrics = scored | update(run, mini_batches, step)
+    del metrics["num_positions"]  # how much is filled up is the layout's
+    return metrics
+
+
+def weights_of(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    return {
+        f"{role}/{name}": tensor.clone()
+        for role, exporter in run.exporters.items()
+        for name, tensor in exporter
         if tensor is not None
     }
-    return {"steps": steps, "weights": weights}
 
 
 if __name__ == "__main__":

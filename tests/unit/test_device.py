@@ -240,16 +240,29 @@ def python(code: str) -> subprocess.CompletedProcess:
     return python_process([sys.executable, "-c", code])
 
 
-def test_no_manager_process():
+def test_written_in_this_process(tmp_path):
     def children() -> int:
         return len(psutil.Process().children())
 
+    class Nothing(list):
+        def __iter__(self):
+            read_by.append(os.getpid())
+            return iter(())
+
+    def write(module: ModuleType) -> list[int]:
+        """Processes, as far as this one learns of them, that went through what is to be written."""
+        read_by.clear()
+        results, bucket = module._get_write_results_queue(), (tmp_path / "file", "file", (Nothing(), []))
+        module.FileSystemWriterAsync.write_preloaded_data_multiproc([], False, 0, [bucket], results)
+        assert results.get() == {0: []} and (tmp_path / "file").exists()
+        return list(read_by)
+
+    read_by: list[int] = []
     name, before = "dist_checkpointing.strategies.filesystem_async", children()
-    megatron(name)._get_write_results_queue().put("written")
-    assert children() == before
-    spawned = megatron(name, "no_manager_process")._get_write_results_queue()
-    assert children() > before
-    spawned._manager.shutdown()
+    assert write(megatron(name)) == [os.getpid()] and children() == before
+    unpatched = megatron(name, "written_in_this_process")
+    assert write(unpatched) == [] and children() > before
+    unpatched._results_queue._manager.shutdown()
 
 
 def test_megatron_before_the_backend_is_refused():

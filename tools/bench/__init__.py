@@ -1,6 +1,6 @@
 """Benchmarks: each times two ways to the same, checked result, side by side in one process.
 
-python -m tools.bench.rollout | train_step | weight_sync   (docs/benchmarks.md)
+python -m tools.bench.rollout | train_step | weight_sync | packing | logprob | checkpoint ...   (docs/benchmarks.md)
 
 Every process computes on one thread unless OMP_NUM_THREADS says otherwise. It is set here because this module is
 imported before torch, which reads it once.

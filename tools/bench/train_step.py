@@ -85,8 +85,9 @@ def measure(
         hf = load_hf_model(folder, EXPERTS[0])
         samples = random_samples(num_sequences, prompt_tokens, response_tokens, hf.config.vocab_size, seed)
         samples = _with_old_logprobs(hf, samples, seed)
-        ours, rival = _ours(folder, groups, samples, response_tokens), _rival(hf, samples)
-        equal = check_equal(_differences(ours, rival))
+        settings = {f"{budget} tokens": dict(budget=budget) for budget in MICRO_BATCH_TOKENS}
+        ours, rival = megatron_side(folder, groups, samples, response_tokens, settings), _rival(hf, samples)
+        equal = check_equal(relative_differences(ours, rival))
         our_steps, rival_steps = ours.steps(), rival.steps()
         our_best, rival_best = fastest(our_steps), fastest(rival_steps)
         timings = interleave({"megatron": our_steps[our_best], "transformers": rival_steps[rival_best]}, repeats)
@@ -130,7 +131,14 @@ def _with_old_logprobs(hf: PreTrainedModel, samples: Sequence[Sample], seed: int
     return out
 
 
-def _ours(folder: Path, groups: Groups, samples: Sequence[Sample], max_response: int) -> Side:
+def megatron_side(
+    folder: Path, groups: Groups, samples: Sequence[Sample], max_response: int, settings: dict[str, dict[str, int]]
+) -> Side:
+    """The update as a run makes it, with the samples' rollout log-probs for old ones.
+
+    Args:
+        settings: name -> arguments of `pack_mini_batch`.
+    """
     hf_config = read_hf_config(folder)
     chunks = build_model(hf_config, ModelConfig(path=str(folder)), groups)
     load_hf(folder, megatron_shards(chunks, hf_config, groups))
@@ -144,11 +152,11 @@ def _ours(folder: Path, groups: Groups, samples: Sequence[Sample], max_response:
     def gradients() -> Iterable[Tensor]:
         return (p.main_grad for chunk in training.chunks for p in chunk.parameters())
 
-    settings = {}
-    for budget in MICRO_BATCH_TOKENS:
-        packed = pack_mini_batch(samples, ALGORITHM, rank=0, num_ranks=1, budget=budget, max_response=max_response)
-        settings[f"{budget} tokens"] = [replace(b, old_logprobs=b.rollout_logprobs) for b in packed]
-    return Side(accumulate, gradients, training.step, settings)
+    work = {}
+    for name, packing in settings.items():
+        packed = pack_mini_batch(samples, ALGORITHM, rank=0, num_ranks=1, max_response=max_response, **packing)
+        work[name] = [replace(b, old_logprobs=b.rollout_logprobs) for b in packed]
+    return Side(accumulate, gradients, training.step, work)
 
 
 def _padded_batches(samples: Sequence[Sample], budget: int) -> list[PaddedBatch]:
@@ -220,13 +228,13 @@ def _logprobs(hf: PreTrainedModel, batch: PaddedBatch) -> Tensor:
     return -F.cross_entropy(hf.lm_head(hidden[batch.loss_mask]), batch.targets, reduction="none")
 
 
-def _differences(ours: Side, rival: Side) -> dict[str, tuple[float, float]]:
-    """Relative differences, of every setting from our first; no step is taken.
+def relative_differences(*sides: Side) -> dict[str, tuple[float, float]]:
+    """Relative differences, of every setting from the first; no step is taken.
 
     Norms are summed in float64: in fp32 the sum over millions of elements rounds more than the gradients differ.
     """
     found = []
-    for side in (ours, rival):
+    for side in sides:
         for work in side.settings.values():
             loss = side.accumulate(work)
             norm = sum(g.double().pow(2).sum() for g in side.gradients()).sqrt().item()
