@@ -25,8 +25,6 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
 
-_NEARLY_NOTHING = 2**16  # bytes
-
 
 @dataclass(frozen=True)
 class Progress:
