@@ -107,6 +107,8 @@ class ReferenceConfig(Section):
 class MoeConfig(Section):
     # Experts of the policy's forward passes: those it chooses, those it chose before the step (R2), the engine's (R3)
     routing_replay: Literal["none", "old", "rollout"] = "none"
+    router_shift: bool = False  # RSPO: weigh tokens by how little their routers have moved since before the step
+    router_shift_floor: float = Field(0.7, ge=0, le=1)  # tokens below it weigh 0
     log_every: int = Field(0, ge=0)  # training steps between statistics of the routers; 0: none
     record_every: int = Field(0, ge=0)  # training steps between routes kept in the run's folder; 0: none
 

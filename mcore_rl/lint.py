@@ -72,6 +72,9 @@ def _ratios(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     if config.batch.mini_batches * config.batch.epochs == 1 and config.moe.routing_replay == "old":
         message = "one optimizer step a rollout takes the routes from before the step anyway; none is the same"
         found.append(Finding("warning", "moe.routing_replay", message))
+    if config.batch.mini_batches * config.batch.epochs == 1 and config.moe.router_shift:
+        message = "one optimizer step a rollout: no router has moved yet and every weight is 1; false saves a pass"
+        found.append(Finding("warning", "moe.router_shift", message))
     high = getattr(algorithm, "clip_high", None)
     if high is None:
         return found

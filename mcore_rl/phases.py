@@ -19,7 +19,7 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.routing import score_policy, with_rollout_routes
+from mcore_rl.routing import router_weighted, score_policy, with_rollout_routes
 from mcore_rl.run import Run, evaluation_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 
@@ -93,11 +93,11 @@ def score_old(run: Run, mini_batches: MiniBatches) -> tuple[MiniBatches, Metrics
     """Fill in what is known before the step: old and reference log-probs, values, and the advantages they lead to."""
     flat, metrics = [b for part in mini_batches for b in part], {}
     if run.plan.algorithm.needs_rollouts:
-        replay = run.plan.config.moe.routing_replay
+        moe = run.plan.config.moe
         if run.plan.algorithm.old_logprobs == "rollout":
-            flat = [replace(b, old_logprobs=b.rollout_logprobs) for b in with_rollout_routes(flat, replay)]
+            flat = [replace(b, old_logprobs=b.rollout_logprobs) for b in with_rollout_routes(flat, moe.routing_replay)]
         else:
-            flat, outputs = score_policy(run.policy, flat, replay)
+            flat, outputs = score_policy(run.policy, flat, moe.routing_replay, moe.router_shift)
             flat = filled(flat, "old_logprobs", [o.logprobs for o in outputs])
             metrics = mismatch(run, flat)
     if run.reference_logprobs is not None:
@@ -205,7 +205,10 @@ def optimise(
     """Optimizer steps of one model; its losses and metrics averaged over them."""
     sums: Metrics = {"num_loss": 0.0}
     norms, lr = [], 0.0
+    moe = run.plan.config.moe
     for mini_batch in mini_batches:
+        if moe.router_shift and name == "policy":
+            mini_batch = router_weighted(run.policy, mini_batch, moe.router_shift_floor)
         training.zero_grad()
         for result in forward_backward(model, mini_batch, loss):
             sums["num_loss"] += result.loss.item()

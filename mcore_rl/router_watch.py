@@ -20,7 +20,7 @@ from mcore_rl.run import Run
 from mcore_rl.types import PackedBatch, PolicyOutput
 from moe.adapters.megatron import Recorded
 from moe.decompose import crossover, parts
-from moe.flips import flip_statistics, load_health, loads
+from moe.flips import flip_statistics, load_health, loads, router_shift
 from moe.stats import Answers
 from moe.trace import RoutingTrace
 from moe.watch import Level, alarms_of
@@ -41,7 +41,7 @@ def watch_routers(run: Run, mini_batches: MiniBatches, step: int) -> Watched | N
     if not (_due(moe.log_every, step) or _due(moe.record_every, step)):
         return None
     count = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds
-    batches = [replace(b, expert_ids=None) for b in mini_batches[0][:count]]
+    batches = [replace(b, expert_ids=None, shift_ids=None) for b in mini_batches[0][:count]]
     return Watched(batches, *forward_recorded(run.policy, batches, statistics=True))
 
 
@@ -55,7 +55,8 @@ def router_metrics(run: Run, before: Watched | None, step: int) -> Metrics:
     if before is None:
         return {}
     moe = run.plan.config.moe
-    outputs, recorded = forward_recorded(run.policy, before.batches, statistics=True)
+    following = [replace(b, shift_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
+    outputs, recorded = forward_recorded(run.policy, following, statistics=True)
     if _due(moe.record_every, step) and reports(run):
         _keep(run, before, recorded, step)
     if not _due(moe.log_every, step):
@@ -103,6 +104,8 @@ def summary(tokens: dict[str, Tensor], num_experts: int) -> Metrics:
         "moe/dead_experts_frac": health["dead"].mean().item(),
         "moe/router_entropy": tokens["entropy"].mean().item(),
         "moe/margin_median": tokens["margins"].median().item(),
+        "moe/gamma_mean": tokens["gamma"].mean().item(),
+        "moe/gamma_below_0.7": (tokens["gamma"] < 0.7).double().mean().item(),
     }
     for layer, cv in enumerate(health["cv"].tolist()):
         metrics[f"moe/layer_{layer:02d}/flip_set"] = flips[f"set/layer_{layer}"].value()
@@ -135,6 +138,7 @@ def _response_tokens(before: Watched, after: Watched, replayed: list[PolicyOutpu
         "old_gates": picked([r.gates for r in before.recorded]),
         "margins": picked([r.margins for r in after.recorded]),
         "entropy": picked([r.entropy for r in after.recorded]),
+        "gamma": picked([router_shift(a.log_p, b.log_p) for a, b in zip(before.recorded, after.recorded)]),
     }
     if before.batches[0].rollout_expert_ids is not None:
         found["engine_ids"] = picked([b.rollout_expert_ids.int() for b in before.batches])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.cuda import is_available
 
 from mcore_rl.algorithms.base import Algorithm
@@ -12,6 +13,7 @@ from mcore_rl.config import RunConfig
 from mcore_rl.model.forward import Policy, forward_only, forward_recorded, routers_of
 from mcore_rl.parallel.layout import EXPERT_FIELDS
 from mcore_rl.types import PackedBatch, PolicyOutput
+from moe.flips import router_shift
 
 
 def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> None:
@@ -23,6 +25,7 @@ def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> No
         f"moe.log_every={config.moe.log_every}": config.moe.log_every > 0,
         f"moe.record_every={config.moe.record_every}": config.moe.record_every > 0,
         "rollout.return_routes=true": rollout.return_routes,
+        "moe.router_shift=true": config.moe.router_shift,
         "model.freeze_router=true": config.model.freeze_router,
     }
     if not any(getattr(hf_config, name, None) for name in EXPERT_FIELDS):
@@ -43,6 +46,11 @@ def check_routing(config: RunConfig, algorithm: Algorithm, hf_config: Any) -> No
             "rollout.partial=true: where weights change in the middle of a response, the engine computes what it had "
             "said before again, and its routes are those of the new weights; set partial to false, or both "
             "moe.routing_replay=rollout and rollout.return_routes off"
+        )
+    if config.moe.router_shift and (not algorithm.needs_rollouts or algorithm.old_logprobs == "rollout"):
+        raise ValueError(
+            f"moe.router_shift=true: under algorithm.name={config.algorithm['name']!r} and its old_logprobs no pass of "
+            "the policy before the step is made to compare its routers with; set it to false"
         )
     one_worker = rollout.tensor_parallel_size == 1 or rollout.placement == "server" or is_available()
     if returns_routes(config) and not one_worker:
@@ -71,7 +79,8 @@ def router_header(config: RunConfig, transformer: Any) -> str:
         f"output head in {'fp32' if config.model.fp32_head else config.model.dtype}",
         f"replay {config.moe.routing_replay}",
     )
-    return "routers: " + ", ".join(parts)
+    shift = f", tokens weighed by router shift above {config.moe.router_shift_floor:g}"
+    return "routers: " + ", ".join(parts) + (shift if config.moe.router_shift else "")
 
 
 def returns_routes(config: RunConfig) -> bool:
@@ -81,24 +90,46 @@ def returns_routes(config: RunConfig) -> bool:
 
 def with_routers(policy: Policy, config: RunConfig) -> Policy:
     """The policy whose routes can be recorded and replayed, where the configuration asks for that."""
-    if config.moe.routing_replay == "none" and not config.moe.watches:
+    if config.moe.routing_replay == "none" and not config.moe.watches and not config.moe.router_shift:
         return policy
     return replace(policy, routers=routers_of(policy.chunks, policy.groups))
 
 
-def score_policy(policy: Policy, batches: list[PackedBatch], mode: str) -> tuple[list[PackedBatch], list[PolicyOutput]]:
+def score_policy(
+    policy: Policy, batches: list[PackedBatch], mode: str, follow: bool = False
+) -> tuple[list[PackedBatch], list[PolicyOutput]]:
     """What the policy says before its step, and the batches with the routes that every pass of the step takes.
 
     Under "old" (R2 of arXiv:2512.01374) this pass chooses them, so at unchanged weights each ratio is exactly 1; under
     "rollout" (R3, arXiv:2510.11370) they are the engine's, in this pass too.
+
+    Args:
+        follow: the batches also get this pass's experts with their router log-probs, for `router_weighted`.
     """
     batches = with_rollout_routes(batches, mode)
-    if mode != "old":
+    if mode != "old" and not follow:
         return batches, forward_only(policy, batches)
-    outputs, recorded = forward_recorded(policy, batches)
-    return [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, recorded, strict=True)], outputs
+    outputs, recorded = forward_recorded(policy, batches, statistics=follow)
+    pairs = list(zip(batches, recorded, strict=True))
+    if follow:
+        pairs = [(replace(b, shift_ids=r.expert_ids, shift_logprobs=r.log_p), r) for b, r in pairs]
+    return [replace(b, expert_ids=r.expert_ids) if mode == "old" else b for b, r in pairs], outputs
 
 
 def with_rollout_routes(batches: list[PackedBatch], mode: str) -> list[PackedBatch]:
     """The batches whose passes take the rollout engine's routes, where `mode` is "rollout"."""
     return [replace(b, expert_ids=b.rollout_expert_ids) for b in batches] if mode == "rollout" else batches
+
+
+def router_weighted(policy: Policy, batches: list[PackedBatch], floor: float) -> list[PackedBatch]:
+    """The batches with RSPO's weight of every token at the policy's weights now; one more forward pass.
+
+    A token whose routers have moved so far that gamma (`moe.flips.router_shift`) is below `floor` weighs 0. Nothing is
+    differentiated through it.
+    """
+    _, recorded = forward_recorded(policy, batches, statistics=True)
+    found = []
+    for batch, now in zip(batches, recorded, strict=True):
+        gamma = router_shift(batch.shift_logprobs, now.log_p)
+        found.append(replace(batch, router_weights=torch.where(gamma < floor, 0.0, gamma)))
+    return found

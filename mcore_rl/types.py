@@ -140,6 +140,9 @@ class PackedBatch:
     rollout_expert_ids: Tensor | None = None  # [T, L, K], routes the rollout engine took
     expert_ids: Tensor | None = None  # [T, L, K], routes the policy must take
     lags: Tensor | None = None  # [T] int64, weight updates since the rollout engine sampled the target
+    shift_ids: Tensor | None = None  # [T, L, K], experts before the step, whose router log-probs are followed
+    shift_logprobs: Tensor | None = None  # [T, L, K], what the routers gave them before the step
+    router_weights: Tensor | None = None  # [T], weight of a token by how far its routers have moved since then
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on `device`."""

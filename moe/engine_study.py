@@ -37,11 +37,19 @@ class EngineAnswer:
 
 
 class Engine(Protocol):
-    """A rollout engine that samples at temperature 1: `num_answers` answers to each prompt."""
+    """A rollout engine that samples at temperature 1: `num_answers` answers to each prompt, all of that `rounds` times
+    over with the same seed."""
 
     def __call__(
-        self, model: str, dtype: str, prompts: Sequence[Tokens], num_answers: int, max_tokens: int, seed: int
-    ) -> list[list[EngineAnswer]]: ...
+        self,
+        model: str,
+        dtype: str,
+        prompts: Sequence[Tokens],
+        num_answers: int,
+        max_tokens: int,
+        seed: int,
+        rounds: int,
+    ) -> list[list[list[EngineAnswer]]]: ...
 
 
 def mismatch_study(
@@ -64,11 +72,8 @@ def mismatch_study(
     ]
     found, tokens = {}, 0
     for dtype in dtypes:
-        asked.say(f"engine in {dtype}: {asked.answers} answers to each of {len(prompts)} prompts")
-        arguments = (str(model_path), dtype, prompts, asked.answers, asked.max_tokens, asked.seed)
-        answered = engine(*arguments)
-        asked.say(f"engine in {dtype}: the same once more")
-        again = engine(*arguments)
+        asked.say(f"engine in {dtype}: {asked.answers} answers to each of {len(prompts)} prompts, twice")
+        answered, again = engine(str(model_path), dtype, prompts, asked.answers, asked.max_tokens, asked.seed, rounds=2)
         measured, tokens = _mismatch(model, prompts, answered, asked.draws)
         found |= prefixed(f"mismatch/{dtype}", measured | _repeat_floor(answered, again))
     facts = {

@@ -148,17 +148,22 @@ def rank_imbalance(load: Tensor, ranks: int) -> Tensor:
     return load.view(len(load), ranks, -1).sum(-1).amax(-1) * ranks
 
 
+def router_shift(old: Tensor, new: Tensor) -> Tensor:
+    """RSPO's gamma [N] = exp(-mean over layers and experts |new - old|), from log-probs [N, L, K] that the router gave
+    to the experts chosen before the change (arXiv 2510.23027). 1 where nothing moved."""
+    return (-(new - old).abs().mean((1, 2))).exp()
+
+
 def router_drift(old: Tensor, new: Tensor, old_ids: Tensor) -> dict[str, Tensor]:
     """By layer [L], from router logits [N, L, E]: entropy of the router's distribution (new), KL(old || new), its
-    z-loss mean logsumexp^2 (new); and gamma [N], RSPO's router shift exp(-mean over layers and old experts |d log p|)
-    (arXiv 2510.23027)."""
+    z-loss mean logsumexp^2 (new); and gamma [N], see `router_shift`."""
     log_old, log_new = old.double().log_softmax(-1), new.double().log_softmax(-1)
-    moved = (log_new - log_old).gather(-1, old_ids.long()).abs()
+    chosen = [x.gather(-1, old_ids.long()) for x in (log_old, log_new)]
     return {
         "entropy": -(log_new.exp() * log_new).sum(-1).mean(0),
         "kl": (log_old.exp() * (log_old - log_new)).sum(-1).mean(0),
         "z_loss": new.double().logsumexp(-1).square().mean(0),
-        "gamma": (-moved.mean((1, 2))).exp(),
+        "gamma": router_shift(*chosen),
     }
 
 

@@ -90,6 +90,9 @@ def quadratic_estimate(
         grams: matrices [B, B] of inner products a_i . b_j of rows that each estimate a whole gradient.
         finish: takes (of the means, of distinct groups) for every matrix: the inner product of the two means, and its
             unbiased estimate, which leaves out a group's product with itself.
+
+    Where more than 5% of the resamples have no value, as when a squared gradient is estimated to be negative, there is
+    no interval: noise decides.
     """
     num_groups = len(grams[0])
     counts = torch.cat([torch.ones(1, num_groups, dtype=torch.float64), resample(num_groups, draws, seed)])
@@ -102,7 +105,7 @@ def quadratic_estimate(
         pairs.append((total / size, (total - itself) / (size - repeats)))
     values = finish(pairs)
     resampled = values[1:][values[1:].isfinite()]
-    if len(resampled) == 0:
+    if len(resampled) < 0.95 * draws:
         return Estimate(float(values[0]), float("nan"), float("nan"))
     low, high = resampled.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Estimate(float(values[0]), low, high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -52,19 +53,23 @@ def sensitivity(axes: Any, everything: All) -> None:
         _bars(axes, everything, f"noise/{sigma:g}", color, f"noise {sigma:g}", offset, lambda x: max(x, 1e-4))
     axes.set_xscale("log")
     axes.set_xlabel("|g noisy - g| / |g| (left edge: 0)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left")
 
 
 def bias(axes: Any, everything: All) -> None:
     axes.set_title("Squared bias against fresh answers")
     _bars(axes, everything, "bias2", GREEN, "batch", 0.0)
     noise = [e["reference/noise2"].value for e in everything if "reference/noise2" in e]
-    if noise:
+    noise = [x for x in noise if math.isfinite(x)]
+    if not noise:
+        text = "the reference's gradient is lost in its noise:\ngive more prompts or answers"
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=RED)
+    else:
         axes.axvspan(0, max(noise), color=GREY, alpha=0.15, label="the reference's own noise")
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1)
     axes.set_xlabel("|E g - E g*|² / |E g*|²")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper left", frameon=True)
 
 
 def used(axes: Any, everything: All) -> None:

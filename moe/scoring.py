@@ -166,11 +166,12 @@ def gradient_estimates(
 ) -> Estimates:
     """Noise, and bias where there are fresh answers, of every objective's gradient on this batch.
 
-    Names begin with objectives/NAME: noise/SIGMA is |g noisy - g| / |g| with noise in the ratio alone, noise_vs_token/
-    SIGMA the same over the token ratio's, noise_all with the first noise in the differentiated pass too. bias2 is
-    |E g - E g*|^2 / |E g*|^2, unbiased, so that it may be below 0; cosine is that to g*; snr |E g|^2 over the variance
-    of its estimate. g* is the gradient of fresh answers of the new policy, without a ratio. reference/noise2: variance
-    of g* over |E g*|^2. reference/ceiling: the cosine that a gradient without error would reach. And `averaging_law`.
+    Names begin with objectives/NAME. noise/SIGMA: |g noisy - g| / |g| with noise in the ratio alone; noise_vs_token/
+    SIGMA: the same over the token ratio's; noise_all: with the first noise in the differentiated pass too. bias2:
+    |E g - E g*|^2 / |E g*|^2, unbiased, so that it may be below 0 (NaN where g* is lost in its noise); cosine to g*;
+    snr: |E g|^2 over the variance of its estimate. g* is the gradient of fresh answers of the new policy, without a
+    ratio. reference/noise2: its variance over |E g*|^2. reference/ceiling: the cosine of a gradient without error.
+    And `averaging_law`.
 
     Args:
         fresh: answers of the new policy to the same prompts in the same order, with rewards.
@@ -227,16 +228,21 @@ def _reference(forward: Forward, new: Any, fresh: Probe, parameters: Sequence[Te
 def _of_reference(rows: Tensor, draws: int) -> Estimates:
     truth = rows @ rows.T
     return {
-        "reference/noise2": quadratic_estimate([truth], lambda p: (p[0][0] - p[0][1]) / p[0][1], draws),
+        "reference/noise2": quadratic_estimate([truth], lambda p: (p[0][0] - p[0][1]) / _positive(p[0][1]), draws),
         "reference/ceiling": quadratic_estimate([truth], lambda p: (p[0][1].clamp_min(0) / p[0][0]).sqrt(), draws),
     }
+
+
+def _positive(squared: Tensor) -> Tensor:
+    """An unbiased estimate of a squared norm, NaN where it is not above 0: nothing can be measured in units of it."""
+    return torch.where(squared > 0, squared, torch.nan)
 
 
 def _against(rows: Tensor, reference: Tensor, draws: int) -> Estimates:
     apart, own, truth = (x @ x.T for x in (rows - reference, rows, reference))
     both = rows @ reference.T
     return {
-        "bias2": quadratic_estimate([apart, truth], lambda p: p[0][1] / p[1][1], draws),
+        "bias2": quadratic_estimate([apart, truth], lambda p: p[0][1] / _positive(p[1][1]), draws),
         "cosine": quadratic_estimate([both, own, truth], lambda p: p[0][0] / (p[1][0] * p[2][0]).sqrt(), draws),
         "snr": quadratic_estimate([own], lambda p: p[0][1] / (p[0][0] - p[0][1]), draws),
     }

@@ -22,8 +22,8 @@ from moe.probe import Tokens  # noqa: E402
 
 
 def vllm_answers(
-    model: str, dtype: str, prompts: Sequence[Tokens], num_answers: int, max_tokens: int, seed: int
-) -> list[list[EngineAnswer]]:
+    model: str, dtype: str, prompts: Sequence[Tokens], num_answers: int, max_tokens: int, seed: int, rounds: int
+) -> list[list[list[EngineAnswer]]]:
     """A `moe.studies.Engine`: vLLM in a child process that returns routes."""
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
     from mcore_rl.rollout.vllm_engine import open_engine
@@ -41,8 +41,12 @@ def vllm_answers(
     )
     with closing(engine):
         asked = [Prompt(str(i), tuple(tokens), "") for i, tokens in enumerate(prompts)]
-        groups = engine.generate(asked, SamplingParams(n=num_answers, max_tokens=max_tokens), seed=seed)
-    return [[EngineAnswer(t.response_ids, t.rollout_logprobs, t.expert_ids) for t in g.trajectories] for g in groups]
+        params = SamplingParams(n=num_answers, max_tokens=max_tokens)
+        generated = [engine.generate(asked, params, seed=seed) for _ in range(rounds)]
+    return [
+        [[EngineAnswer(t.response_ids, t.rollout_logprobs, t.expert_ids) for t in g.trajectories] for g in groups]
+        for groups in generated
+    ]
 
 
 def as_hf(path: Path) -> Path:

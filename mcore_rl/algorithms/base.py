@@ -174,6 +174,14 @@ class Algorithm:
                 "policy/correction_mean": weight,
                 "policy/correction_masked_frac": (weight == 0).to(weight.dtype),
             }
+        if batch.router_weights is not None:
+            weight = batch.router_weights.to(per_token.dtype)
+            per_token = weight * per_token
+            metrics = {
+                **metrics,
+                "policy/router_shift_mean": weight,
+                "policy/router_shift_masked_frac": (weight == 0).to(weight.dtype),
+            }
         if self.kl_in_loss:
             log_ratio_ref = masked_log_ratio(out.logprobs, batch.ref_logprobs, mask)
             log_ratio_old = masked_log_ratio(out.logprobs, batch.old_logprobs, mask)
@@ -237,7 +245,8 @@ def reduce_tokens(batch: PackedBatch, per_token: Tensor, metrics: Mapping[str, T
 
 def blank_masked(batch: PackedBatch) -> PackedBatch:
     """Zero wherever nothing was sampled, so that no later arithmetic can carry a masked value on."""
-    names = ("weights", "advantages", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns")
+    before = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns", "router_weights")
+    names = ("weights", "advantages", *before)
     return replace(batch, **{name: blank(getattr(batch, name), batch.loss_mask) for name in names})
 
 

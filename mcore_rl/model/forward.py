@@ -161,7 +161,8 @@ def _passage(model: Model, batch: PackedBatch, statistics: bool = False) -> Pass
     rows = _held_rows(model.groups, batch)
     if batch.expert_ids is not None:
         return model.routers.replay(batch.expert_ids, rows, statistics=statistics)
-    return model.routers.record(batch.token_ids.numel(), rows, statistics=statistics, device=batch.token_ids.device)
+    total, device = batch.token_ids.numel(), batch.token_ids.device
+    return model.routers.record(total, rows, statistics=statistics, observed=batch.shift_ids, device=device)
 
 
 def _run(

@@ -31,7 +31,7 @@ from moe.trace import check_routes, compact_dtype
 class Recorded:
     """What the routers of the whole model did with a micro-batch of T tokens; the same on all ranks that share it.
 
-    `margins`, `gates` and `entropy` are None where only the routes were asked for. A margin is the gap between the K-th
+    All but the routes are None where only these were asked for. A margin is the gap between the K-th
     and (K+1)-th selection score: logits, or sigmoids (with their bias) where the model selects by those.
     """
 
@@ -39,6 +39,7 @@ class Recorded:
     margins: Tensor | None = None  # [T, L]
     gates: Tensor | None = None  # [T, L, K]
     entropy: Tensor | None = None  # [T, L] of the router's distribution over the experts, in nats
+    log_p: Tensor | None = None  # [T, L, K] log-probs of the chosen, or of the observed experts
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Passage:
     total: int  # T
     replayed: dict[int, Tensor] | None = None  # MoE layer -> [t, K] int64
     statistics: bool = False
+    observed: dict[int, Tensor] | None = None  # MoE layer -> [t, K] int64: of these the log-probs are recorded
     found: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # MoE layer -> name -> [t, ...]
 
     def put_on(self, params: PackedSeqParams) -> None:
@@ -117,25 +119,30 @@ class Routers:
         shard: Tensor | None = None,
         *,
         statistics: bool = False,
+        observed: Tensor | None = None,
         device: torch.device | str = "cpu",
     ) -> Passage:
         """A passage in which the routers choose for themselves.
 
         Args:
             total: T, tokens of the whole micro-batch.
+            observed: [T, L, K] experts whose log-probs are recorded, with the statistics, instead of the chosen ones'.
             shard: which of them this context-parallel rank holds, in its order; None: all.
         """
         assert (shard is None) == (self._cp.size() == 1), "context-parallel ranks say which tokens they hold"
         rows = torch.arange(total, device=device) if shard is None else shard
         if self._sequence is not None:
             rows = rows.chunk(self._sequence.size())[self._sequence.rank()]
-        return Passage(rows, total, statistics=statistics)
+        passage = Passage(rows, total, statistics=statistics)
+        if observed is not None:
+            passage.observed = {tap.layer: observed.long()[rows, tap.layer] for tap in self._taps}
+        return passage
 
     def gather(self, passage: Passage) -> Recorded:
         """What a finished passage found, of all layers and tokens. Called by all ranks that share the micro-batch."""
         shapes = {"expert_ids": (self.top_k,)}
         if passage.statistics:
-            shapes |= {"margins": (), "gates": (self.top_k,), "entropy": ()}
+            shapes |= {"margins": (), "gates": (self.top_k,), "entropy": (), "log_p": (self.top_k,)}
         return Recorded(**{name: self._whole(passage, name, shape) for name, shape in shapes.items()})
 
     def _whole(self, passage: Passage, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -195,7 +202,10 @@ class _Tap:
         found = {"expert_ids": ids}
         if passage.statistics:
             detached = scores.detach()
-            found |= {"margins": margins(self._comparable(detached), topk), "entropy": self._entropy(detached)}
+            log_p = self._log_p(detached)
+            watched = ids if passage.observed is None else passage.observed[self.layer]
+            found |= {"margins": margins(self._comparable(detached), topk), "log_p": log_p.gather(1, watched)}
+            found["entropy"] = -(log_p.exp() * log_p).sum(-1)
         passage.found[self.layer] = found
         return values, ids
 
@@ -209,14 +219,13 @@ class _Tap:
         router = self.router
         return scores.log() if router.score_function == "softmax" and router.config.moe_router_pre_softmax else scores
 
-    def _entropy(self, scores: Tensor) -> Tensor:
+    def _log_p(self, scores: Tensor) -> Tensor:
+        """[t, E] log-probs of the router's distribution over the experts."""
         router = self.router
         if router.score_function == "softmax":
-            log_p = self._comparable(scores).float().log_softmax(-1)
-        else:
-            sigmoids = scores if router.expert_bias is None else scores - router.expert_bias
-            log_p = sigmoids.float().clamp(min=1e-20).log().log_softmax(-1)  # sigmoids over their sum
-        return -(log_p.exp() * log_p).sum(-1)
+            return self._comparable(scores).float().log_softmax(-1)
+        sigmoids = scores if router.expert_bias is None else scores - router.expert_bias
+        return sigmoids.float().clamp(min=1e-20).log().log_softmax(-1)  # sigmoids over their sum
 
 
 def margins(scores: Tensor, top_k: int) -> Tensor:

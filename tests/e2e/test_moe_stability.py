@@ -133,7 +133,7 @@ def test_mismatch_with_an_engine_that_differs_by_routes(pair, tmp_path, monkeypa
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": [i + 1]}) + "\n" for i in range(6)))
 
     @torch.no_grad()
-    def engine(model, dtype, prompts, num_answers, max_tokens, seed):
+    def engine(model, dtype, prompts, num_answers, max_tokens, seed, rounds):
         policy = hf.load_model(Path(model), torch.float32)
         given = [
             [p + a for a in group]
@@ -149,7 +149,7 @@ def test_mismatch_with_an_engine_that_differs_by_routes(pair, tmp_path, monkeypa
             EngineAnswer(s[1:], tuple(logprobs[i].tolist()), trace.expert_ids[bounds[i] : bounds[i + 1] - 1])
             for i, s in enumerate(flat)
         ]
-        return [answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]
+        return [[answers[i : i + num_answers] for i in range(0, len(answers), num_answers)]] * rounds
 
     monkeypatch.setattr(cli.bridges, "engine", engine)
     asked = (

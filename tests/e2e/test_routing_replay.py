@@ -57,8 +57,17 @@ def test_the_three_modes_are_the_same_where_the_engines_routes_are_the_trainers(
 
 def test_the_engines_routes_are_replayed_where_they_differ(run):
     """bf16 engine, fp32 trainer: tokens that bf16 sends elsewhere differ most, and replay removes just that."""
-    free, replayed = run("none", "bfloat16")[1], run("rollout", "bfloat16")[1]
+    many = {"batch.prompts_per_step": 48, "batch.micro_batch_tokens": 2000, "steps": 1}  # some tokens lie near a tie
+    free, replayed = run("none", "bfloat16", **many)[1], run("rollout", "bfloat16", **many)[1]
     assert replayed["mismatch/k3"] < free["mismatch/k3"]
+
+
+def test_tokens_weigh_nothing_once_their_routers_have_moved(run):
+    """Floor 1: in the first optimizer step of a rollout nothing has moved and all weigh 1, in the second none does."""
+    shifted = run("none", **{"moe.router_shift": "true", "moe.router_shift_floor": 1})[1]
+    assert 0.3 < shifted["policy/router_shift_mean"] < 0.7  # of the tokens of both
+    assert shifted["policy/router_shift_masked_frac"] == pytest.approx(1 - shifted["policy/router_shift_mean"])
+    assert shifted["optimizer/grad_norm_mean"] == pytest.approx(shifted["optimizer/grad_norm_max"] / 2)
 
 
 def test_routers_are_watched(run):
@@ -71,6 +80,7 @@ def test_routers_are_watched(run):
         assert watched[step]["moe/chi"] > 0 and 0 < watched[step]["moe/share_routing"] < 1
         assert watched[step]["moe/layer_02/flip_set"] >= 0 and "moe/layer_03/flip_set" not in watched[step]
         assert 0 < watched[step]["moe/router_entropy"] < math.log(8)
+        assert 0 < watched[step]["moe/gamma_mean"] < 1 and watched[step]["moe/alarm_level"] in (0, 1, 2)
     for name, value in run("none")[1].items():  # watching changes nothing
         if name.startswith(("policy/", "optimizer/", "reward/")):
             assert watched[1][name] == value

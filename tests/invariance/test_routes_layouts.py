@@ -144,6 +144,7 @@ def hf_facts(source: Path) -> dict[tuple, dict[str, torch.Tensor]]:
             "margins": top.values[..., -2] - top.values[..., -1],
             "gates": top.values[..., :TOP_K].softmax(-1),
             "entropy": -(log_p.exp() * log_p).sum(-1),
+            "log_p": log_p.gather(-1, top.indices[..., :TOP_K]),
         }
     return facts
 
@@ -159,7 +160,7 @@ def test_recorded_routes_are_those_of_hugging_face(case, outcomes, source):
     for targets, facts in expected.items():
         found = got[targets]
         assert torch.equal(found["expert_ids"].long().sort(-1).values, facts["expert_ids"])
-        for name in ("margins", "gates", "entropy"):
+        for name in ("margins", "gates", "entropy", "log_p"):
             torch.testing.assert_close(found[name], facts[name], rtol=1e-4, atol=1e-5)
 
 

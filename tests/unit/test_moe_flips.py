@@ -17,6 +17,7 @@ from moe.flips import (
     overlap,
     rank_imbalance,
     router_drift,
+    router_shift,
 )
 
 OLD = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]], dtype=torch.uint8)  # 2 tokens, 2 layers, top-2
@@ -96,6 +97,13 @@ def test_imbalance_of_expert_parallel_ranks_by_hand():
     load = torch.tensor([[0.4, 0.1, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]])
     assert rank_imbalance(load, 2).tolist() == pytest.approx([1, 1])  # 0.5 and 0.5
     assert rank_imbalance(load, 4).tolist() == pytest.approx([1.6, 1])
+
+
+def test_router_shift_by_hand():
+    old = torch.tensor([[[-1.0, -2.0], [-3.0, -1.0]], [[-1.0, -2.0], [-3.0, -1.0]]])
+    new = old.clone()
+    new[0, 0, 0], new[0, 1, 1] = -1.4, -0.6  # mean of 0.4, 0, 0, 0.4
+    assert router_shift(old, new).tolist() == pytest.approx([math.exp(-0.2), 1.0])
 
 
 def test_router_drift_by_hand():

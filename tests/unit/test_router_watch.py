@@ -26,6 +26,7 @@ def tokens(**changes) -> dict[str, torch.Tensor]:
         "old_gates": torch.tensor([[[0.9, 0.1]], [[0.8, 0.2]], [[0.5, 0.5]], [[0.7, 0.3]]]),
         "margins": torch.tensor([[1.0], [2.0], [3.0], [4.0]]),
         "entropy": torch.tensor([[0.0], [1.0], [1.0], [0.0]]),
+        "gamma": torch.tensor([1.0, 0.9, 0.6, 0.5]),
     } | changes
 
 
@@ -39,6 +40,7 @@ def test_by_hand():
     assert found["moe/share_routing"] == pytest.approx(var_r / (var_w + var_r))
     load = torch.tensor([2, 2, 2, 2]) / 8  # of the new routes: every expert twice
     assert found["moe/load_cv"] == pytest.approx((load.std(correction=0) / 0.25).item())
+    assert found["moe/gamma_mean"] == 0.75 and found["moe/gamma_below_0.7"] == 0.5
     assert found["moe/router_entropy"] == 0.5 and found["moe/margin_median"] == 2.0
     assert not any(name.startswith("mismatch/") for name in found)
 
@@ -62,8 +64,9 @@ def test_alarms_are_logged_and_told_once(capsys):
         return SimpleNamespace(log=log, plan=SimpleNamespace(config=SimpleNamespace(name="mine")))
 
     found = summary(tokens(), num_experts=4)  # chi is 4
-    assert router_alarms(run(object()), found, 7) == {"moe/alarm_level": 1.0}
+    assert router_alarms(run(object()), found, 7) == {"moe/alarm_level": 2.0}
     told = capsys.readouterr().out
+    assert "mine: routers unstable: step 7: moe/gamma_below_0.7 = 0.5" in told
     assert "mine: routers watch: step 7: moe/chi = 4" in told and "Try algorithm.name=gspo" in told
     assert router_alarms(run(None), found | {"mismatch/k3": 0.5}, 7) == {"moe/alarm_level": 2.0}
     assert not capsys.readouterr().out  # other ranks are silent

@@ -15,7 +15,7 @@ from mcore_rl.data.packing import Sample, pack, pack_mini_batch, pad, samples_of
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.routing import check_routing, router_header
-from mcore_rl.types import Prompt, RolloutGroup, Trajectory
+from mcore_rl.types import PolicyOutput, Prompt, RolloutGroup, Trajectory
 
 MOE = SimpleNamespace(num_experts=8, model_type="qwen3_moe")
 DENSE = SimpleNamespace(model_type="qwen3")
@@ -99,3 +99,32 @@ def test_the_bias_of_deepseeks_experts_is_frozen(tmp_path):
     )
     assert transformer.moe_router_enable_expert_bias and transformer.moe_router_bias_update_rate == 0
     assert "expert bias frozen" in router_header(config(), transformer)
+
+
+def test_weights_of_the_router_scale_the_policy_term_only():
+    """NaN where nothing was sampled changes nothing; KL and entropy are not weighed."""
+    algorithm = load("grpo", kl_coef=0.5, entropy_coef=0.25)
+    batch = replace(
+        pack([Sample((5, 6, 7, 1), 2, 1.0, (-0.1, -0.2))], [0.5]),
+        old_logprobs=torch.tensor([0.0, -0.1, -0.2]),
+        ref_logprobs=torch.tensor([0.0, -0.3, -0.4]),
+    )
+    out = PolicyOutput(torch.tensor([0.0, -0.15, -0.1]), torch.tensor([0.0, 1.0, 2.0]))
+
+    def loss(weights):
+        return algorithm.loss(replace(batch, router_weights=weights), out)
+
+    whole, none = loss(torch.ones(3)).loss, loss(torch.zeros(3)).loss
+    half = loss(torch.tensor([torch.nan, 0.5, 0.5]))
+    assert whole == algorithm.loss(batch, out).loss and half.loss.item() == pytest.approx((whole + none).item() / 2)
+    assert none.item() != 0 and half.metrics["policy/router_shift_mean"] == 1  # a sum over two tokens
+    assert loss(torch.tensor([1.0, 0.0, 1.0])).metrics["policy/router_shift_masked_frac"] == 1
+
+
+def test_router_shift_that_cannot_be_is_refused():
+    weighing = config(moe={"router_shift": True})
+    check_routing(weighing, load("grpo"), MOE)
+    with pytest.raises(ValueError, match="moe.router_shift=true: qwen3 has no experts"):
+        check_routing(weighing, load("grpo"), DENSE)
+    with pytest.raises(ValueError, match="algorithm.name='dpo' and its old_logprobs no pass of"):
+        check_routing(config("dpo", moe={"router_shift": True}), load("dpo"), MOE)
