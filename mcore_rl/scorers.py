@@ -13,6 +13,7 @@ from mcore_rl.config import RunConfig
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.engine import TOKENIZER_FILES
@@ -76,9 +77,11 @@ def scorer_config(path: str) -> PretrainedConfig:
 
 def export_discriminator(config: RunConfig, training: Training, groups: Groups) -> None:
     """Leave it as a HF folder, a sequence classifier that `reward_model.path` takes; collective."""
-    path = config.discriminator.path or config.model.path
-    exporter = WeightExporter([chunk.module for chunk in training.chunks], scorer_config(path), groups)
-    export_hf(exporter, config.run_dir / "hf_discriminator", path)
+    path, out = config.discriminator.path or config.model.path, config.run_dir / "hf_discriminator"
+    hf_config = scorer_config(path)
+    export_hf(WeightExporter([chunk.module for chunk in training.chunks], hf_config, groups), out, path)
+    hf_config.dtype = config.model.dtype
+    on_rank_0(groups, lambda: hf_config.save_pretrained(out))  # a policy's folder describes a policy
 
 
 def critic_training(config: RunConfig, groups: Groups, total_updates: int) -> Training:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mcore_rl.algorithms.gapo import GAPO
 from mcore_rl.data.packing import Sample
 from mcore_rl.data.real_fake import REAL, REJECTED, DiscriminatorState, Fake, held_out
-from mcore_rl.functional.discriminator import Normaliser, labelled, length_only_auc, separation
+from mcore_rl.functional.discriminator import Normaliser, auc, labelled, length_only_auc, separation
 from mcore_rl.model.forward import Scorer, forward_only
 from mcore_rl.parallel.collectives import sum_over_ranks
 from mcore_rl.phases import Metrics, pack_parts
@@ -74,6 +74,9 @@ def judge(
     accuracy = metrics["discriminator/accuracy"]
     state = replace(state, normaliser=normaliser, accuracy=accuracy, fresh=(*state.fresh, *fakes))
     metrics |= {"discriminator/updates": float(state.updates), "discriminator/score_std": normaliser.std}
+    right = torch.tensor([t.reward >= 1 for g in groups for t in g.trajectories])
+    if right.any() and not right.all():
+        metrics["discriminator/audit_auc"] = float(auc(scores, right))
     return judged, state, metrics
 
 

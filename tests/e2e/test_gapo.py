@@ -14,6 +14,7 @@ import torch
 from runs import Started, command, rows, tiny
 from safetensors.torch import load_file
 from test_resume import numbers
+from transformers import AutoModelForSequenceClassification
 
 CONSTRAINTS = {
     "data": {"task": "digit_constraints", "params": {}},
@@ -28,8 +29,6 @@ KINDS = ("real", "rejected", "fake")
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory, model):
     """The demo's backbone with a random head."""
-    from transformers import AutoModelForSequenceClassification
-
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("classifier")
     AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).save_pretrained(folder)
@@ -143,6 +142,9 @@ def test_two_ranks_with_pairs_learn_what_one_does(tmp_path, model, worker):
     for name in ("discriminator/accuracy", "discriminator/loss", "reward/audit_mean", "policy/loss", *scores):
         assert one[1][name] == pytest.approx(two[1][name], abs=1e-4), name
     assert one[1]["discriminator/loss"] != one[2]["discriminator/loss"]
+    for name in ("one", "two"):  # what they leave is a sequence classifier, whatever the layout
+        scorer = AutoModelForSequenceClassification.from_pretrained(tmp_path / "runs" / name / "hf_discriminator")
+        assert scorer.num_labels == 1 and scorer.score.weight.abs().max() > 0
 
 
 @pytest.mark.parametrize(
