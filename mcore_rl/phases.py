@@ -233,20 +233,23 @@ def add(sums: Metrics, metrics: dict[str, torch.Tensor]) -> None:
 
 
 def sync_weights(run: Run, version: int) -> Metrics:
-    """Send the policy to the engine, then check what arrived: both must give the same log-probs on a probe batch.
+    """Send the policy to the engine, which checks that every tensor arrived, then see that both give the same log-probs
+    on a probe batch.
 
     Where two experts are chosen within rounding of each other, trainer and engine may differ although their weights are
     the same, on a few sequences in thousands; so a probe that fails is repeated with others: wrong weights fail again.
 
     Raises:
-        RolloutError: they differ by more than `weight_sync.max_logprob_diff` on both probes, on every rank.
+        RolloutError: a tensor is not the trainer's, or not in the engine as it was sent, and is named; or log-probs
+            differ by more than `weight_sync.max_logprob_diff` on both probes. On every rank.
     """
     config = run.plan.config
     start = time.perf_counter()
     if config.rollout.sleep and torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine wakes up, and finds what this process only keeps in reserve taken
-    run.transfer.send(version)
+    seconds = run.transfer.send(version)
     metrics = {"weight_sync/seconds": time.perf_counter() - start}
+    metrics |= {f"weight_sync/seconds_{phase}": taken for phase, taken in seconds.items()}
     if config.weight_sync.probe_prompts == 0:
         return metrics
     allowed, diffs = config.weight_sync.max_logprob_diff, []
@@ -259,6 +262,7 @@ def sync_weights(run: Run, version: int) -> Metrics:
                 f"weight_sync.max_logprob_diff={allowed:g}. fp32 differs by about 1e-5, bf16 by up to 1"
             )
         diffs.append(probe_difference(run, len(diffs)))
+    metrics["weight_sync/seconds_probe"] = time.perf_counter() - start - metrics["weight_sync/seconds"]
     return {**metrics, "weight_sync/logprob_max_diff": diffs[-1], "weight_sync/repeated_probes": len(diffs) - 1}
 
 

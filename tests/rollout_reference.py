@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
+from mcore_rl.weights.checksums import checksum
+from mcore_rl.weights.shards import Region, Shard
 
 ONE_RANK = SimpleNamespace(rank=0, world_size=1)
 EOS = 1
@@ -70,9 +72,19 @@ class CheckpointExporter:
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
 
-    def write_into(self, views: dict[str, Tensor]) -> None:
-        for name in list(self.tensors)[self.rank :: self.world_size]:
-            views[name].copy_(self.tensors[name])
+    def write_into(self, targets: Sequence[Shard]) -> None:
+        mine = set(list(self.tensors)[self.rank :: self.world_size])
+        for target in targets:
+            if target.hf_name in mine:
+                target.view.copy_(self._part(target))
+
+    def checksums(self, targets: Sequence[Region]) -> list[int]:
+        if self.world_size > 1:
+            torch.distributed.barrier()
+        return [checksum(self._part(t).to(t.dtype), t.box, t.factors) for t in targets]
+
+    def _part(self, target: Region) -> Tensor:
+        return self.tensors[target.hf_name][tuple(slice(low, high) for low, high in target.box)]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.tensors.items())

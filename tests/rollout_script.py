@@ -1,4 +1,4 @@
-"""python rollout_script.py PLACEMENT BACKEND MODEL_A MODEL_B [die]: what needs a process of its own (or two: torchrun).
+"""python rollout_script.py PLACEMENT BACKEND MODEL_A MODEL_B [die] [tp2]: what needs a process of its own, or two.
 
 Opens an engine on A, updates it to B and back, and prints one JSON line of what rank 0 saw. With `die` it then kills
 itself without a chance to clean up.
@@ -35,7 +35,12 @@ sync = WeightSyncConfig(backend=backend)
 engine = None
 if ranks.rank == 0:
     engine = open_engine(
-        RolloutConfig(placement=placement, max_response_tokens=16, kv_cache_gb=0.05),
+        RolloutConfig(
+            placement=placement,
+            tensor_parallel_size=2 if "tp2" in sys.argv else 1,
+            max_response_tokens=16,
+            kv_cache_gb=0.05,
+        ),
         sync,
         model_a,
         "float32",
@@ -56,8 +61,11 @@ class Current:
     def metadata(self):
         return current.metadata()
 
-    def write_into(self, views):
-        current.write_into(views)
+    def write_into(self, targets):
+        current.write_into(targets)
+
+    def checksums(self, targets):
+        return current.checksums(targets)
 
     def __iter__(self):
         return iter(current)
@@ -69,6 +77,13 @@ def shared_files(pid):
     return [line.split()[-1] for line in maps if "/dev/shm/" in line and not line.endswith("(deleted)")]
 
 
+def children(pid):
+    """Of a process: the workers of an engine with several."""
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
 transfer = connect(engine, Current(), sync, ranks)
 for version, folder in enumerate((model_b, model_a, model_b), 1):
     current = exporters[folder]
@@ -78,8 +93,8 @@ for version, folder in enumerate((model_b, model_a, model_b), 1):
         report["errors"].append(max_error(models[folder], groups))
         report["versions"].append(groups[0].trajectories[0].policy_version)
 if engine is not None:
-    report["children"] = engine.child_pids
-    report["shared_files"] = [name for pid in (os.getpid(), *engine.child_pids) for name in shared_files(pid)]
+    report["children"] = [pid for child in engine.child_pids for pid in (child, *children(child))]
+    report["shared_files"] = [name for pid in (os.getpid(), *report["children"]) for name in shared_files(pid)]
     report["environment_kept"] = environment == {name: os.environ.get(name) for name in environment}
     report["generator_kept"] = bool(torch.rand(1) == expected_draw)
     if "die" in sys.argv:

@@ -28,6 +28,8 @@ VLLM_HOMES = (
     "mcore_rl/rollout/weight_transfer.py",
     "mcore_rl/rollout/weight_backends.py",
     "mcore_rl/rollout/worker_extension.py",
+    "mcore_rl/rollout/loader_trace.py",
+    "mcore_rl/rollout/engine_weights.py",
     "moe/adapters/",
 )
 LOGPROB = "mcore_rl/functional/logprob.py"  # the one place where logits exist; it reduces over a process group

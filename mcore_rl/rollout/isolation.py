@@ -15,7 +15,7 @@ from unittest import mock
 import numpy
 import torch
 
-CHILD_FLAG = "MCORE_RL_ENGINE_CHILD"  # tells the worker extension to end its process with its parent
+CHILD_FLAG = "MCORE_RL_ENGINE_OF"  # process id of the trainer that the engine is to end with
 TORCHRUN_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
@@ -51,7 +51,7 @@ def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in touched}
     os.environ.update(variables)
     if child:
-        os.environ[CHILD_FLAG] = "1"
+        os.environ[CHILD_FLAG] = str(os.getpid())
         if not torch.cuda.is_available():  # on CPU vLLM runs eagerly but for helpers whose compilation takes longer
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         for name in TORCHRUN_VARIABLES:

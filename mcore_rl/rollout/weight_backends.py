@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import pickle
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,15 +20,11 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCT
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.utils.network_utils import get_open_port
 
-from mcore_rl.rollout.weight_layout import (
-    GLOO_TIMEOUT,
-    Metadata,
-    broadcast_from_0,
-    layout_bytes,
-    map_file,
-    tensor_views,
-)
+from mcore_rl.rollout.weight_layout import GLOO_TIMEOUT, Areas, Metadata, broadcast_from_0, map_file
 from mcore_rl.rollout.weight_transfer import Exporter, Ranks
+from mcore_rl.weights.shards import Shard
+
+OnRank0 = Callable[[Callable[[], Any]], Any]  # the call's result, or its failure, on every rank
 
 
 class ExporterSource(base.WeightSource):
@@ -50,10 +48,34 @@ class ExporterSource(base.WeightSource):
 class ShmTrainerInitInfo(base.TrainerInitInfo):
     backend: ClassVar[str] = "shm"
     path: str  # on rank 0 an open memory file
-    barrier: Callable[[], None] = field(kw_only=True)
+    areas: Areas
+    on_rank_0: OnRank0 = field(kw_only=True)
 
 
-class ShmTrainerEngine(base.TrainerWeightTransferEngine[ShmTrainerInitInfo]):
+class CopyTrainerEngine(base.TrainerWeightTransferEngine):
+    """What shm and gloo have in common: a buffer laid out for the workers, and checksums of all that goes into it."""
+
+    areas: Areas
+
+    def init_workers(self, **where: Any) -> None:
+        """Tell the workers where the buffer is and where their parts of it are."""
+        starts = self.areas.starts()
+        places = [[area, starts[area]] for area in self.areas.of_worker]
+        # a client of several engines counts their workers on from `rank_offset`; the trainer is rank 0
+        info = {"num_bytes": self.areas.num_bytes, "places": places, "rank_offset": 1, **where}
+        self.client.init_weight_transfer_engine(info)
+
+    def update_info(self, checksums: list[int]) -> dict[str, Any]:
+        return {"checksums": self.areas.by_area(checksums)}
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+
+class ShmTrainerEngine(CopyTrainerEngine):
     """Every rank writes its own shards straight into the memory that the workers load from."""
 
     init_info_cls = ShmTrainerInitInfo
@@ -61,35 +83,39 @@ class ShmTrainerEngine(base.TrainerWeightTransferEngine[ShmTrainerInitInfo]):
     @classmethod
     def trainer_init(cls, init_info, *, client, source=None):
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        metadata = source.plain_metadata()
-        engine.views = tensor_views(map_file(init_info.path, layout_bytes(metadata)), metadata)
-        engine.barrier = init_info.barrier
-        if engine.is_sender:
-            client.init_weight_transfer_engine({"metadata": metadata, "path": init_info.path})
-        engine.barrier()
+        engine.areas, engine.on_rank_0 = init_info.areas, init_info.on_rank_0
+        engine.targets = engine.areas.shards(map_file(init_info.path, engine.areas.num_bytes))
+        engine.on_rank_0(lambda: engine.init_workers(path=init_info.path))
         return engine
 
     def send_weights(self) -> None:
-        self.source.exporter.write_into(self.views)
-        self.barrier()
-        if self.is_sender:
-            self.client.start_weight_update()
-            self.client.update_weights({})
-            self.client.finish_weight_update()
-        self.barrier()  # nobody writes the next version while a worker reads this one
+        self.seconds: dict[str, float] = {}
+        with self.timed("write"):
+            self.source.exporter.write_into(self.targets)
+        with self.timed("checksum"):  # which also tells that every rank has written
+            checksums = self.source.exporter.checksums(self.targets)
+        # nobody writes the next version while a worker reads this one
+        with self.timed("engine"):
+            self.on_rank_0(lambda: self._update(checksums))
+
+    def _update(self, checksums: list[int]) -> None:
+        self.client.start_weight_update()
+        self.client.update_weights(self.update_info(checksums))
+        self.client.finish_weight_update()
 
     def shutdown(self) -> None:
-        self.views = {}
+        self.targets = []
 
 
 @dataclass
 class GlooTrainerInitInfo(base.TrainerInitInfo):
     backend: ClassVar[str] = "gloo"
     host: str  # of trainer rank 0, as the workers see it
-    num_workers: int
+    areas: Areas
+    on_rank_0: OnRank0 = field(kw_only=True)
 
 
-class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+class GlooTrainerEngine(CopyTrainerEngine):
     """Rank 0 gathers the full weights and broadcasts them to the workers through a group of their own."""
 
     init_info_cls = GlooTrainerInitInfo
@@ -97,38 +123,40 @@ class GlooTrainerEngine(base.TrainerWeightTransferEngine[GlooTrainerInitInfo]):
     @classmethod
     def trainer_init(cls, init_info, *, client, source=None):
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        if not engine.is_sender:
-            return engine
-        metadata = source.plain_metadata()
-        engine.buffer = torch.empty(layout_bytes(metadata), dtype=torch.uint8)
-        engine.views = tensor_views(engine.buffer, metadata)
-        store = torch.distributed.TCPStore(
-            init_info.host, 0, is_master=True, wait_for_workers=False, timeout=GLOO_TIMEOUT
-        )
-        size = 1 + init_info.num_workers
-        meeting = {"host": init_info.host, "port": store.port, "world_size": size, "rank_offset": 1}
-        info = {"metadata": metadata, **meeting}
-        with _beside(lambda: client.init_weight_transfer_engine(info)):
-            engine.group = torch.distributed.ProcessGroupGloo(store, 0, size, GLOO_TIMEOUT)
+        engine.areas, engine.on_rank_0 = init_info.areas, init_info.on_rank_0
+        engine.regions = engine.areas.regions()
+        engine.on_rank_0(lambda: engine._meet(init_info.host))
         return engine
 
+    def _meet(self, host: str) -> None:
+        self.buffer = torch.empty(self.areas.num_bytes, dtype=torch.uint8)
+        self.targets: defaultdict[str, list[Shard]] = defaultdict(list)
+        for shard in self.areas.shards(self.buffer):
+            self.targets[shard.hf_name].append(shard)
+        store = torch.distributed.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=GLOO_TIMEOUT)
+        size = 1 + len(self.areas.of_worker)
+        with _beside(lambda: self.init_workers(host=host, port=store.port, world_size=size)):
+            self.group = torch.distributed.ProcessGroupGloo(store, 0, size, GLOO_TIMEOUT)
+
     def send_weights(self) -> None:
-        if not self.is_sender:
-            for _ in self.source:  # materialising is a collective
-                pass
-            return
-        names = set()
-        for name, tensor in self.source:
-            self.views[name].copy_(tensor)
-            names.add(name)
-        assert names == self.views.keys(), f"exporter left out {sorted(self.views.keys() - names)}"
+        self.seconds: dict[str, float] = {}
+        with self.timed("write"):
+            for name, tensor in self.source:  # materialising is a collective
+                for shard in self.targets[name] if self.is_sender else ():
+                    shard.view.copy_(tensor[tuple(slice(low, high) for low, high in shard.box)])
+        with self.timed("checksum"):
+            checksums = self.source.exporter.checksums(self.regions)
+        with self.timed("engine"):
+            self.on_rank_0(lambda: self._update(checksums))
+
+    def _update(self, checksums: list[int]) -> None:
         self.client.start_weight_update()
-        with _beside(lambda: self.client.update_weights({})):
+        with _beside(lambda: self.client.update_weights(self.update_info(checksums))):
             broadcast_from_0(self.group, self.buffer)
         self.client.finish_weight_update()
 
     def shutdown(self) -> None:
-        self.views, self.buffer, self.group = {}, None, None
+        self.targets, self.buffer, self.group = {}, None, None
 
 
 class IpcClient:
@@ -174,15 +202,18 @@ class Rank0IpcEngine(IPCTrainerWeightTransferEngine):
 
 
 def open_trainer_side(
-    terms: dict[str, Any], ranks: Ranks, client: base.VLLMWeightSyncClient | None, source: ExporterSource
+    terms: dict[str, Any],
+    ranks: Ranks,
+    client: base.VLLMWeightSyncClient | None,
+    source: ExporterSource,
+    run_on_rank_0: OnRank0,
 ) -> base.TrainerWeightTransferEngine:
-    """Meet the engine's workers. `terms` are rank 0's: backend, path of its memory, its host, number of workers."""
+    """Meet the engine's workers. `terms` are rank 0's: backend, path of its memory, its host, its workers' areas."""
     backend, rank = terms["backend"], ranks.rank
     if backend == "shm":
-        barrier = torch.distributed.barrier if ranks.world_size > 1 else lambda: None
-        info = ShmTrainerInitInfo(terms["path"], barrier=barrier, rank=rank)
+        info = ShmTrainerInitInfo(terms["path"], terms["areas"], on_rank_0=run_on_rank_0, rank=rank)
     elif backend == "gloo":
-        info = GlooTrainerInitInfo(terms["host"], terms["num_workers"], rank=rank)
+        info = GlooTrainerInitInfo(terms["host"], terms["areas"], on_rank_0=run_on_rank_0, rank=rank)
     elif backend == "nccl":
         info = NCCLTrainerInitInfo(terms["host"], get_open_port(), 1 + terms["num_workers"], rank=rank)
     elif backend == "ipc":

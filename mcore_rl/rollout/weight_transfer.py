@@ -1,5 +1,9 @@
 """New weights for the running rollout engine: `connect` once, `send` after every update of the policy.
 
+By shm and gloo the weights go straight into the layout of the engine's own parameters where vLLM's loader only copies
+(`loader_trace`); checksums of every tensor are compared before the engine takes them, and what it then computes with is
+read back (`engine_weights`).
+
 Every backend goes through vLLM's start / update / finish cycle with one of its `TrainerWeightTransferEngine`s: our own
 "shm" and "gloo", vLLM's "nccl" and "ipc". Rank 0 drives the engine, every rank takes part.
 """
@@ -7,7 +11,8 @@ Every backend goes through vLLM's start / update / finish cycle with one of its 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -17,7 +22,8 @@ from mcore_rl.config import WeightSyncConfig
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.rollout import isolation
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.rollout.weight_layout import layout_bytes
+from mcore_rl.rollout.weight_layout import Area, Areas
+from mcore_rl.weights.shards import Region, Shard
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
@@ -30,7 +36,9 @@ class Exporter(Protocol):
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]: ...
 
-    def write_into(self, views: dict[str, Tensor]) -> None: ...
+    def write_into(self, targets: Sequence[Shard]) -> None: ...
+
+    def checksums(self, targets: Sequence[Region]) -> list[int]: ...
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]: ...
 
@@ -43,17 +51,29 @@ class Ranks(Protocol):
 
 
 class WeightTransfer:
-    """The open connection from the trainer's weights to the engine's."""
+    """The open connection from the trainer's weights to the engine's.
 
-    def __init__(self, engine: RolloutEngine | None, trainer: TrainerWeightTransferEngine):
-        self._engine = engine
-        self._trainer = trainer
+    Attributes:
+        detour: why weights go through vLLM's loader; empty where they need not.
+    """
 
-    def send(self, version: int) -> None:
+    def __init__(
+        self, engine: RolloutEngine | None, trainer: TrainerWeightTransferEngine, ranks: Ranks, areas: Areas | None
+    ):
+        self._engine, self._trainer, self._ranks, self._areas = engine, trainer, ranks, areas
+        self.detour = areas.detour if areas else "the backend is vLLM's own"
+
+    def send(self, version: int) -> dict[str, float]:
         """Replace the engine's weights by the trainer's present ones; called on every trainer rank.
 
+        Returns:
+            Seconds by phase: of rank 0 `write`, `checksum` and `engine`, and of its slowest worker `receive`, `verify`,
+            `load` (of which `pack` is vLLM's packing) and `read_back`, which are parts of `engine`. Empty for vLLM's
+            own backends.
+
         Raises:
-            RolloutError: the engine died or refused the weights; it must not be sampled from any more.
+            RolloutError: the engine died, or refused the weights, or computes with others than were sent; these are
+                named. It must not be sampled from any more.
         """
         if self._engine is not None:
             self._engine.pause()
@@ -61,6 +81,19 @@ class WeightTransfer:
         if self._engine is not None:
             self._engine.policy_version = version
             self._engine.resume()
+        return on_rank_0(self._ranks, self._seconds) if self._areas else {}
+
+    def _seconds(self) -> dict[str, float]:
+        of_workers = self._engine.call_workers("update_seconds")
+        return self._trainer.seconds | {name: max(s[name] for s in of_workers) for name in of_workers[0]}
+
+    def problems(self) -> list[str]:
+        """Reads back what the engine computes with now and names the tensors that are not those last sent; collective.
+
+        Nothing is known where the weights went through vLLM's loader (`detour`).
+        """
+        found = on_rank_0(self._ranks, lambda: self._engine.call_workers("weight_problems")) if self._areas else []
+        return list(dict.fromkeys(problem for of_worker in found for problem in of_worker))
 
     def close(self) -> None:
         self._trainer.shutdown()
@@ -82,11 +115,11 @@ def connect(engine: RolloutEngine | None, exporter: Exporter, config: WeightSync
     memory = os.memfd_create("mcore_rl_weights") if ranks.rank == 0 else None
     try:
         terms = on_rank_0(ranks, lambda: _terms(engine, source, config, memory))
-        trainer = open_trainer_side(terms, ranks, client, source)
+        trainer = open_trainer_side(terms, ranks, client, source, partial(on_rank_0, ranks))
     finally:
         if memory is not None:
             os.close(memory)  # the mappings stay; with the last of them the memory is gone, however the processes end
-    return WeightTransfer(engine, trainer)
+    return WeightTransfer(engine, trainer, ranks, terms["areas"])
 
 
 def _terms(engine: RolloutEngine, source: ExporterSource, config: WeightSyncConfig, memory: int) -> dict[str, Any]:
@@ -102,10 +135,14 @@ def _terms(engine: RolloutEngine, source: ExporterSource, config: WeightSyncConf
     backend = engine.weight_backend
     if config.backend not in ("auto", backend):
         raise ValueError(f"weight_sync.backend={config.backend!r}, but the rollout engine was started with {backend!r}")
-    os.ftruncate(memory, layout_bytes(metadata) if backend == "shm" else 0)
+    areas = None
+    if backend in ("shm", "gloo"):
+        areas = Areas.of([Area.from_json(area) for area in engine.call_workers("weight_area", metadata=metadata)])
+        os.ftruncate(memory, areas.num_bytes if backend == "shm" else 0)
     return {
         "backend": backend,
         "path": f"/proc/{os.getpid()}/fd/{memory}",
         "host": engine.trainer_host,
         "num_workers": engine.num_workers,
+        "areas": areas,
     }

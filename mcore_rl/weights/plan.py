@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
 
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.weights.cuts import Box, volume
+from mcore_rl.weights.cuts import Box, Factors, volume
 from mcore_rl.weights.shards import Region, Shard, megatron_boxes, owned_boxes
 
 
@@ -156,6 +156,43 @@ def _cover(dst: Region, candidates: Sequence[Region]) -> list[Copy]:
             f"tensor {dst.hf_name!r}: {needed - found} of {needed} elements needed by rank {dst.rank} have no source"
         )
     return copies
+
+
+def refactor(region: Region, factors: Factors) -> list[Region]:
+    """The same elements in the dimensions of `factors`, as boxes of it; with views of the same memory where it has any.
+
+    Args:
+        region: of plain dimensions; each may be split in two.
+
+    Example: rows 24 to 32 of a [32, 8] tensor, which are half of the second of two groups
+        >>> rows = Region(hf_name="q", factors=((32,), (8,)), box=((24, 32), (0, 8)), rank=0)
+        >>> [part.box for part in refactor(rows, ((2, 16), (8,)))]
+        [((1, 2), (8, 16), (0, 8))]
+    """
+    parts, dim = [region], 0
+    for position, sizes in enumerate(factors):
+        if sizes != region.factors[position]:
+            parts = [piece for part in parts for piece in _split_dim(part, position, dim, sizes)]
+        dim += len(sizes)
+    return parts
+
+
+def _split_dim(region: Region, position: int, dim: int, sizes: tuple[int, ...]) -> Iterator[Region]:
+    _, height = sizes
+    low, high = region.box[dim]
+    factors = (*region.factors[:position], sizes, *region.factors[position + 1 :])
+    inner, outer = -(-low // height) * height, high // height * height  # the whole groups
+    edges = sorted({low, *((inner, outer) if inner < outer else (inner,) if low < inner < high else ()), high})
+    for start, end in pairwise(edges):
+        group, offset = divmod(start, height)
+        rows = end - start
+        count = max(1, rows // height)
+        pair = ((group, group + count), (offset, offset + rows // count))
+        changed = dict(factors=factors, box=(*region.box[:dim], *pair, *region.box[dim + 1 :]))
+        if isinstance(region, Shard):
+            view = region.view.narrow(dim, start - low, rows)
+            changed["view"] = view.unflatten(dim, (count, rows // count))
+        yield replace(region, **changed)
 
 
 def _intersect(a: Box, b: Box) -> Box:

@@ -1,4 +1,4 @@
-"""The trainer's weights as full HF tensors: written into shared memory by every rank, or gathered on rank 0.
+"""The trainer's weights: written by every rank where another process wants them, or gathered as full HF tensors.
 
 What goes where is planned once; a step only copies. The views into the parameters are taken again when Megatron has
 moved them (wrapping in DistributedDataParallel, loading into new storage).
@@ -7,7 +7,8 @@ moved them (wrapping in DistributedDataParallel, loading into new storage).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
+from mcore_rl.weights.checksums import checksum
 from mcore_rl.weights.hf_io import save_hf
-from mcore_rl.weights.plan import Copy, plan
-from mcore_rl.weights.shards import Shard, hf_regions, megatron_shards, owned_boxes
+from mcore_rl.weights.plan import Copy, plan, refactor
+from mcore_rl.weights.shards import Region, Shard, hf_regions, megatron_shards, owned_boxes
 
 _BUCKET_BYTES = 128 * 2**20
 
@@ -48,9 +50,10 @@ class WeightExporter:
         self._chunks = list(chunks)
         self._params = [p for chunk in chunks for p in chunk.parameters()]
         self.dtype = dtype or self._params[0].dtype
+        self._owned = owned_boxes(hf_config, groups.layout)
         regions = sorted(hf_regions(hf_config), key=lambda r: r.dtype not in (None, self.dtype))  # by dtype, else kept
         self._regions = {r.hf_name: r for r in regions}
-        copies = plan(owned_boxes(hf_config, groups.layout), list(self._regions.values()), self.dtype.itemsize).copies
+        copies = plan(self._owned, list(self._regions.values()), self.dtype.itemsize).copies
         self._buckets = _buckets(copies, bucket_bytes // self.dtype.itemsize)
         self._refresh()
 
@@ -59,20 +62,61 @@ class WeightExporter:
         return [(name, region.dtype or self.dtype, region.shape) for name, region in self._regions.items()]
 
     @torch.no_grad()
-    def write_into(self, views: Mapping[str, Tensor]) -> None:
-        """Copy what this rank owns into full tensors; after all ranks have done so every element has been written once.
+    def write_into(self, targets: Sequence[Shard]) -> None:
+        """Copy what this rank owns into boxes of HF tensors; after all ranks have done so each is full.
 
         Args:
-            views: name -> contiguous full tensor of any dtype, for instance of memory that every rank has mapped.
+            targets: of plain factors and any dtype, for instance of memory that every rank has mapped. Give the same
+                sequence every time: what goes where is planned for the first.
+
+        Raises:
+            ValueError: a tensor of `targets` is not the model's or has another shape; names it.
         """
-        moved = self._refresh()
-        targets = [view.data_ptr() for view in views.values()]
-        if moved or targets != self._targets:
-            owned = [shard for shard in self._shards.values() if not shard.replica]
-            self._pairs = [(_cut_out(views[shard.hf_name], shard), shard.view) for shard in owned]
+        self._refresh()
+        for route in self._routed(targets):
+            route.target.copy_(route.source)
+
+    @torch.no_grad()
+    def checksums(self, targets: Sequence[Region]) -> list[int]:
+        """Of every one of `targets`, what `checksum` gives where it holds the present weights; collective.
+
+        Args:
+            targets: as of `write_into`, their memory is not read; `dtype` is that of their elements.
+        """
+        self._refresh()
+        sums = torch.zeros(len(targets), dtype=torch.int64)
+        for route in self._routed(targets):
+            values = route.source.to(targets[route.index].dtype)
+            sums[route.index] += checksum(values, route.copy.box, route.copy.src.factors)
+        if self.groups.world_size > 1:
+            sums = sums.to(self.groups.device)
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def _routed(self, targets: Sequence[Region]) -> list[_Route]:
+        """What this rank has of `targets`."""
+        if self._targets is not targets:
+            parts = []
+            for index, target in enumerate(targets):
+                known = self._regions.get(target.hf_name)
+                if known is None or known.shape != target.shape:
+                    has = f"has shape {known.shape}" if known else "has none of that name"
+                    raise ValueError(f"{target.hf_name!r} of shape {target.shape} is asked for, the model {has}")
+                parts += [(part, index) for part in refactor(target, known.factors)]
+            index_of = {id(part): index for part, index in parts}
+            copies = plan(self._owned, [part for part, _ in parts], self.dtype.itemsize).copies
+            self._routes = [
+                _Route(
+                    copy,
+                    index_of[id(copy.dst)],
+                    self._source(copy)[copy.src_index],
+                    copy.dst.view[copy.dst_index] if isinstance(copy.dst, Shard) else None,
+                )
+                for copy in copies
+                if copy.src.rank == self.groups.rank
+            ]
             self._targets = targets
-        for target, source in self._pairs:
-            target.copy_(source)
+        return self._routes
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
         """(name, full tensor) on rank 0, (name, None) elsewhere, in `metadata` order; all ranks must finish it.
@@ -126,17 +170,26 @@ class WeightExporter:
         dtype = copies[0].dst.dtype or self.dtype
         return torch.empty(sum(copy.numel for copy in copies), dtype=dtype, device=self.groups.device)
 
-    def _refresh(self) -> bool:
+    def _refresh(self) -> None:
         """Take the views again if any parameter has moved."""
         pointers = [p.data_ptr() for p in self._params]
         if pointers == getattr(self, "_pointers", None):
-            return False
+            return
         shards = megatron_shards(self._chunks, self.hf_config, self.groups)
         self._shards: dict[Any, Shard] = {}
         for shard in sorted(shards, key=lambda s: s.replica):  # a tied copy must not stand in for its owner
             self._shards.setdefault((shard.hf_name, shard.box), shard)
         self._pointers, self._targets = pointers, None
-        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """One copy from this rank, with its views; `index` is the position of its target."""
+
+    copy: Copy
+    index: int
+    source: Tensor
+    target: Tensor | None
 
 
 def export_hf(
@@ -183,9 +236,3 @@ def _parts(message: Tensor, copies: Sequence[Copy]) -> Iterator[Tensor]:
     """The consecutive boxes of a message."""
     pieces = message.split([copy.numel for copy in copies])
     return (piece.view([high - low for low, high in copy.box]) for piece, copy in zip(pieces, copies, strict=True))
-
-
-def _cut_out(full: Tensor, shard: Shard) -> Tensor:
-    if tuple(full.shape) != shard.shape:
-        raise ValueError(f"the target of {shard.hf_name!r} has shape {tuple(full.shape)}, the model's is {shard.shape}")
-    return full.view(shard.factored_shape)[tuple(slice(low, high) for low, high in shard.box)]

@@ -21,6 +21,7 @@ from mcore_rl.types import Prompt, SamplingParams
 
 REPOSITORY = Path(__file__).parents[2]
 TOLERANCE = 1e-5
+SQUARE = "model.layers.2.self_attn.k_proj.weight"  # [64, 64]
 
 
 def start_server(model: Path, log: Path, backend: str = "shm") -> tuple[subprocess.Popen, str]:
@@ -116,6 +117,28 @@ def test_weight_updates(engine, rollout_dirs):
         groups = engine.generate(prompts, params, seed=0)
         assert max_error(hf[version % 2], groups) < TOLERANCE
         assert groups[0].trajectories[0].policy_version == version
+    transfer.close()
+
+
+def test_an_update_that_arrives_wrong_is_refused_by_name(engine, rollout_dirs):
+    class Transposing(CheckpointExporter):
+        wrong = True
+
+        def write_into(self, targets):
+            super().write_into(targets)
+            for view in [t.view for t in targets if self.wrong and t.hf_name == SQUARE]:
+                view.copy_(view.T.clone())
+
+    exporter = Transposing(rollout_dirs[1])
+    transfer = connect(engine, exporter, WeightSyncConfig(), ONE_RANK)
+    assert transfer.detour == ""
+    with pytest.raises(RolloutError, match=f"{SQUARE} arrived with other bits"):
+        transfer.send(3)
+    exporter.wrong = False
+    transfer.send(4)
+    groups = engine.generate(make_prompts([5]), SamplingParams(max_tokens=8), seed=0)
+    assert max_error(load_hf(rollout_dirs[1]), groups) < TOLERANCE
+    assert groups[0].trajectories[0].policy_version == 4 and transfer.problems() == []
     transfer.close()
 
 

@@ -31,9 +31,16 @@ def round_trip(case: dict, groups) -> None:
 
     from mcore_rl.config import ModelConfig
     from mcore_rl.model.build import build_model, read_hf_config
+    from mcore_rl.weights.checksums import checksum
     from mcore_rl.weights.hf_io import load_hf
-    from mcore_rl.weights.shards import megatron_shards
+    from mcore_rl.weights.shards import Shard, megatron_shards
     from mcore_rl.weights.sync import WeightExporter, export_hf
+
+    def plain_shard(name: str, view: torch.Tensor) -> Shard:
+        box = tuple((0, size) for size in view.shape)
+        return Shard(
+            hf_name=name, factors=tuple((size,) for size in view.shape), box=box, rank=-1, dtype=view.dtype, view=view
+        )
 
     source, out = Path(case["source"]), Path(case["out"])
     hf_config = read_hf_config(source)
@@ -58,13 +65,16 @@ def round_trip(case: dict, groups) -> None:
     shared = torch.from_file(str(out / "shared"), shared=True, size=numel)
     pieces = shared.split([torch.Size(shape).numel() for _, _, shape in exporter.metadata()])
     views = {n: piece.view(shape) for (n, _, shape), piece in zip(exporter.metadata(), pieces)}
+    targets = [plain_shard(name, view) for name, view in views.items()]
     if groups.rank == 0:
         shared.fill_(float("nan"))
     for _ in range(2):  # the second time from the cached pairs, after another change
         dist.barrier()
-        exporter.write_into(views)
+        exporter.write_into(targets)
+        sums = exporter.checksums(targets)
         dist.barrier()
         assert not shared.isnan().any()
+        assert sums == [checksum(t.view, t.box, t.factors) for t in targets]
         for param in params:
             param.data.mul_(2)
     export_hf(exporter, out / "moved", source)

@@ -56,7 +56,7 @@ def test_mismatch_by_hand_and_without_loss_tokens():
 def test_a_probe_that_fails_is_repeated_once_with_other_sequences(monkeypatch, diffs, wrong):
     """One expert chosen within rounding of another is no wrong weight; what fails twice is."""
     asked, run = [], one_rank(load("grpo"))
-    run.transfer = SimpleNamespace(send=lambda version: None)
+    run.transfer = SimpleNamespace(send=lambda version: {})
     monkeypatch.setattr(phases, "probe_difference", lambda run, number: asked.append(number) or diffs[number])
     if wrong:
         with pytest.raises(RolloutError, match="weight sync of policy version 7 is wrong: on two probes"):

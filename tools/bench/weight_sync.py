@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
-from torch import Tensor
 
 from mcore_rl.algorithms.grpo import GRPO
 from mcore_rl.config import ModelConfig, RolloutConfig, WeightSyncConfig
@@ -44,34 +44,19 @@ PROBE_PROMPTS, PROBE_PROMPT_TOKENS, PROBE_RESPONSE_TOKENS = 4, 16, 16
 Probe = list[RolloutGroup]
 
 
-class TimedExporter(WeightExporter):
-    """Remembers how long the last write took."""
-
-    last_write_s = 0.0
-
-    def write_into(self, views: dict[str, Tensor]) -> None:
-        start = time.perf_counter()
-        super().write_into(views)
-        self.last_write_s = time.perf_counter() - start
-
-
 @dataclass(frozen=True)
 class SyncPath:
-    """One way from the trainer's weights into an engine. `send` returns the seconds of its first part, the writing."""
+    """One way from the trainer's weights into an engine. `send` returns seconds by phase."""
 
     engine: RolloutEngine
-    send: Callable[[], float]
-    write_s: list[float] = field(default_factory=list)
-    load_s: list[float] = field(default_factory=list)
+    send: Callable[[], dict[str, float]]
+    phases: list[dict[str, float]] = field(default_factory=list)
 
     def __call__(self) -> None:
-        start = time.perf_counter()
-        write = self.send()
-        self.write_s.append(write)
-        self.load_s.append(time.perf_counter() - start - write)
+        self.phases.append(self.send())
 
 
-def measure(folder: Path, repeats: int, seed: int) -> dict:
+def measure(folder: Path, repeats: int, seed: int, placements: Sequence[str] = PLACEMENTS) -> dict:
     """Check, then time; see docs/benchmarks.md for the keys."""
     started = environment()
     with ExitStack() as stack:
@@ -80,9 +65,9 @@ def measure(folder: Path, repeats: int, seed: int) -> dict:
         hf_config = read_hf_config(folder)
         chunks = build_model(hf_config, ModelConfig(path=str(folder)), groups)
         load_hf(folder, megatron_shards(chunks, hf_config, groups))
-        exporter = TimedExporter(chunks, hf_config, groups)
+        exporter = WeightExporter(chunks, hf_config, groups)
         policy = Policy(chunks, groups, vocab_size=hf_config.vocab_size)
-        paths = _open_paths(stack, exporter, groups, folder, seed)
+        paths = _open_paths(stack, exporter, groups, folder, seed, placements)
         equal = check_equal(_differences(paths, policy, seed))
         num_bytes = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in exporter.metadata())
         source, target = (torch.ones(num_bytes, dtype=torch.uint8) for _ in range(2))
@@ -91,7 +76,7 @@ def measure(folder: Path, repeats: int, seed: int) -> dict:
     return {
         "benchmark": "weight_sync",
         "contenders": _contenders(timings, paths),
-        "ratios": _ratios(timings),
+        "ratios": _ratios(timings, paths),
         "equal": equal,
         "work": {"megabytes": num_bytes / 1e6, "tensors": tensors},
         "environment": started,
@@ -99,14 +84,14 @@ def measure(folder: Path, repeats: int, seed: int) -> dict:
 
 
 def _open_paths(
-    stack: ExitStack, exporter: TimedExporter, groups: Groups, folder: Path, seed: int
+    stack: ExitStack, exporter: WeightExporter, groups: Groups, folder: Path, seed: int, placements: Sequence[str]
 ) -> dict[str, SyncPath]:
     """Both paths into an engine of each placement."""
     # The rival's files lie in memory where the system has such a folder.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     exported = Path(stack.enter_context(TemporaryDirectory(prefix="mcore_rl_bench_", dir=memory))) / "hf"
     paths = {}
-    for placement in PLACEMENTS:
+    for placement in placements:
         rollout = RolloutConfig(placement=placement, max_response_tokens=PROBE_RESPONSE_TOKENS, kv_cache_gb=0.1)
         sync = WeightSyncConfig(backend="shm")
         engine = open_engine(rollout, sync, str(folder), "float32", PROBE_PROMPT_TOKENS, world_size=1, seed=seed)
@@ -114,18 +99,16 @@ def _open_paths(
         transfer = connect(engine, exporter, sync, groups)
         stack.callback(transfer.close)
 
-        def send(transfer=transfer) -> float:
-            transfer.send(1)
-            return exporter.last_write_s
+        assert not transfer.detour, transfer.detour
 
-        def export_and_reload(engine=engine) -> float:
+        def export_and_reload(engine=engine) -> dict[str, float]:
             start = time.perf_counter()
             export_hf(exporter, exported, folder)
-            written = time.perf_counter() - start
+            written = time.perf_counter()
             engine.call_workers("reload_weights", weights_path=str(exported))
-            return written
+            return {"export": written - start, "reload": time.perf_counter() - written}
 
-        paths[f"shm, {placement}"] = SyncPath(engine, send)
+        paths[f"shm, {placement}"] = SyncPath(engine, partial(transfer.send, 1))
         paths[f"export and reload, {placement}"] = SyncPath(engine, export_and_reload)
     return paths
 
@@ -184,18 +167,36 @@ def _trainer_diff(policy: Policy, probe: Probe) -> float:
 
 
 def _contenders(timings: dict[str, Timing], paths: dict[str, SyncPath]) -> dict[str, dict]:
-    rounds = len(timings["memcpy"].wall_s)  # what came before was the check and the round that is not measured
     rows = {name: {"seconds": spread(timing.wall_s)} for name, timing in timings.items()}
+    for name in (name for name in rows if not name.endswith("child")):  # whose processor time is not this process's
+        rows[name]["cpu_seconds"] = spread(timings[name].cpu_s)
     for name, path in paths.items():
-        rows[name] |= {"write_seconds": spread(path.write_s[-rounds:]), "load_seconds": spread(path.load_s[-rounds:])}
+        phases = _measured(path, timings)
+        rows[name] |= {phase: spread([of_round[phase] for of_round in phases]) for phase in phases[0]}
     return rows
 
 
-def _ratios(timings: dict[str, Timing]) -> dict[str, dict]:
+def _measured(path: SyncPath, timings: dict[str, Timing]) -> list[dict[str, float]]:
+    """Phases by round; what came before was the check and the round that is not measured."""
+    return path.phases[-len(timings["memcpy"].wall_s) :]
+
+
+def _ratios(timings: dict[str, Timing], paths: dict[str, SyncPath]) -> dict[str, dict]:
+    """Round by round. What has to be is a copy of the bytes and vLLM's packing, as measured within the sync."""
     wall = {name: timing.wall_s for name, timing in timings.items()}
-    pairs = [(f"shm, {p}", "memcpy") for p in PLACEMENTS]
-    pairs += [(f"export and reload, {p}", f"shm, {p}") for p in PLACEMENTS]
-    return {f"{a} / {b}": {"seconds": ratios(wall[a], wall[b])} for a, b in pairs}
+    rows = {}
+    for name in (name for name in paths if name.startswith("shm")):
+        phases, placement = _measured(paths[name], timings), name.split(", ")[1]
+        needed = [copy + of_round["pack"] for copy, of_round in zip(wall["memcpy"], phases)]
+        checks = [of_round["checksum"] + of_round["verify"] + of_round["read_back"] for of_round in phases]
+        unverified = [total - check for total, check in zip(wall[name], checks)]
+        rows |= {
+            f"{name} / memcpy": ratios(wall[name], wall["memcpy"]),
+            f"{name} / (memcpy + pack)": ratios(wall[name], needed),
+            f"{name}, without its checks / (memcpy + pack)": ratios(unverified, needed),
+            f"export and reload, {placement} / {name}": ratios(wall[f"export and reload, {placement}"], wall[name]),
+        }
+    return {name: {"seconds": row} for name, row in rows.items()}
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -206,15 +207,19 @@ def main(
     model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
     repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    placement: Annotated[str, typer.Option(help="of the engine: child, in_process or both")] = "both",
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
-    """A full weight update in fp32; one thread in the trainer and one in the engine (OMP_NUM_THREADS changes both)."""
+    """A full weight update in fp32, with its checks; OMP_NUM_THREADS threads (default 1) in trainer and engine each."""
+    if placement not in ("both", *PLACEMENTS):
+        raise SystemExit(f"error: --placement {placement!r}; use both, {' or '.join(PLACEMENTS)}")
+    placements = PLACEMENTS if placement == "both" else (placement,)
     try:
         with quiet_stdout(), model_folder(model, seed) as folder:
-            result = measure(folder, repeats, seed)
+            result = measure(folder, repeats, seed, placements)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    show(result | {"settings": dict(model=model, repeats=repeats, seed=seed)}, json)
+    show(result | {"settings": dict(model=model, repeats=repeats, seed=seed, placement=placement)}, json)
 
 
 if __name__ == "__main__":
