@@ -72,6 +72,7 @@ class ServerEngine:
         self.weight_backend = facts["weight_transfer"]
         self.num_workers = facts["num_workers"]
         self.trainer_host = _own_address(self.url)
+        self.resume()  # a trainer whose update was refused leaves it paused
         self._sample(Prompt("probe", (0,), ""), SamplingParams(max_tokens=1), seed=0)
         self.policy_version = 0
 
