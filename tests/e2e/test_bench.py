@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.bench import logprob, rollout
+from tools.bench import logprob, rollout, weight_plan
 from tools.bench.side_by_side import check_equal, interleave, ratios
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +19,7 @@ SMALL = {
     "weight_sync": [],
     "packing": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16", "--budget", "48"],
     "checkpoint": [],
+    "converter": [],
     "routing": ["--sequences", "4", "--prompt-tokens", "8", "--response-tokens", "16"],
 }
 
@@ -98,6 +99,23 @@ def test_routing():
     result = result_of("routing")
     assert set(result["ratios"]) == {f"{name} / none" for name in ("old", "rollout", "watch one micro-batch")}
     assert result["equal"]["grad_max_diff"] == 0 and result["work"]["bytes_per_token"] == 4
+
+
+def test_converter():
+    result = result_of("converter")
+    assert set(result["ratios"]) == {f"{name} / cp" for name in ("to_megatron", "to_hf", "verify")}
+    assert all("gb_per_s" in row for row in result["contenders"].values())
+    assert result["equal"]["different_tensors"] == 0 and min(result["peak_mb"].values()) > 0
+
+
+def test_weight_plan(capsys):
+    weight_plan.main(ranks=False, json=True)
+    qwen, deepseek = json.loads(capsys.readouterr().out)["models"]
+    assert 30.5e9 < qwen["parameters"] < 30.6e9 and 671.0e9 < deepseek["parameters"] < 671.1e9
+    for result in (qwen, deepseek):
+        assert result["again_seconds"] < result["first"]["seconds"] / 10
+        assert sum(result["sent_gb"].values()) == pytest.approx(result["gigabytes"])
+        assert len(result["received_gb"]) == 16
 
 
 def test_a_folder_that_is_no_model_is_refused():
