@@ -160,7 +160,7 @@ def test_sft_on_a_file(tmp_path, model, worker):
     digits = ["12", "345", "6", "7890"]
     lines = [json.dumps({"prompt": f"{d}=", "answer": d, "response": f"#{d}"}) for d in digits]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    config = tiny(tmp_path, model, steps=30, algorithm={"name": "sft"}, evaluate={"every": 0, "temperature": 0.0})
+    config = tiny(tmp_path, model, steps=60, algorithm={"name": "sft"}, evaluate={"every": 0, "temperature": 0.0})
     config |= {"reward": "exact_match", "optimizer": {"lr": 1e-2}}
     config["data"] = {"task": "file", "train_file": "data.jsonl", "eval_file": "data.jsonl"}
     config["reward"] = "regex:^#"
@@ -169,5 +169,5 @@ def test_sft_on_a_file(tmp_path, model, worker):
     assert code == 0, err
     by_step = rows(tmp_path / "runs" / "run")
     assert by_step[1]["policy/loss"] == pytest.approx(torch.tensor(20.0).log().item(), abs=0.3)
-    assert by_step[30]["policy/loss"] < 0.3
-    assert by_step[0]["eval/accuracy"] < 0.5 and by_step[30]["eval/accuracy"] == 1.0
+    assert by_step[60]["policy/loss"] < 0.3
+    assert by_step[0]["eval/accuracy"] < 0.5 and by_step[60]["eval/accuracy"] == 1.0

@@ -7,7 +7,10 @@ import pytest
 from runs import Started, assert_nothing_left, command, rows, tiny
 
 STEPS = {"steps": 6, "batch": {"mini_batches": 2}, "checkpoint": {"every": 2, "export_hf": False}}
-OF_THE_PROCESS = ("time/", "weight_sync/seconds", "tokens_per_s", "memory/trainer_peak_gb")
+OF_THE_PROCESS = (
+    "time/", "weight_sync/seconds", "tokens_per_s", "rollout/generate_s", "rollout/overlap_frac",
+    "memory/trainer_peak_gb",
+)  # fmt: skip
 
 
 def numbers(by_step):
