@@ -20,6 +20,11 @@ import yaml
 from mcore_rl.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
+# metrics that training did not make: durations, and the most a process has held
+OF_THE_PROCESS = (
+    *("time/", "weight_sync/seconds", "tokens_per_s", "rollout/generate_s", "rollout/overlap_frac"),
+    "memory/trainer_peak_gb",
+)
 # Rewards that tell the responses of a random policy apart, around the 1 from which a response counts as correct. The
 # failing ones do so in the middle of a step: step 0 has 8 calls, every other step 8 for its rollouts and 8 to evaluate.
 REWARDS = """
@@ -195,3 +200,11 @@ def rows(run_dir: Path) -> dict[int, dict[str, Any]]:
     by_step = {row["step"]: row for row in lines}
     assert len(by_step) == len(lines), [row["step"] for row in lines]
     return by_step
+
+
+def numbers(by_step: dict[int, dict[str, Any]]) -> dict[int, dict[str, float]]:
+    """step -> every number that training made."""
+    return {
+        step: {k: v for k, v in row.items() if k != "phase" and not any(name in k for name in OF_THE_PROCESS)}
+        for step, row in by_step.items()
+    }

@@ -7,8 +7,7 @@ import sys
 import time
 
 import pytest
-from runs import ROOT, Started, assert_nothing_left, command, rows, tiny
-from test_resume import numbers
+from runs import ROOT, Started, assert_nothing_left, command, numbers, rows, tiny
 
 STEPS = {"steps": 6, "batch": {"mini_batches": 2}, "checkpoint": {"every": 2, "export_hf": False}}
 ONE_OFF = {"rollout": {"group_size": 2, "max_response_tokens": 8, "kv_cache_gb": 0.05, "max_staleness": 1}}

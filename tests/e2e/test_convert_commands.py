@@ -3,19 +3,11 @@
 import json
 
 import torch
-from runs import Started, command, rows, tiny
+from runs import Started, command, numbers, rows, tiny
 from safetensors.torch import load_file
 
 PPO = {"algorithm": {"name": "ppo"}, "critic": {"lr": 1e-3}}
 EP2 = {"parallel": {"ep": 2, "distributed_optimizer": True, "timeout_s": 400}}
-OF_THE_PROCESS = ("time/", "weight_sync/seconds", "tokens_per_s", "memory/")
-
-
-def numbers(run_dir):
-    return {
-        step: {k: v for k, v in row.items() if not any(name in k for name in OF_THE_PROCESS)}
-        for step, row in rows(run_dir).items()
-    }
 
 
 def contents(folder):
@@ -51,7 +43,7 @@ def test_from_training_and_into_training(tmp_path, model, worker):
         tiny(tmp_path, tmp_path / name, name=f"from_{name}", steps=1, checkpoint={"export_hf": name == "out"})
         code, _, err = worker(command, tmp_path, "train", "config.yaml")
         assert code == 0, err
-    first, second = (numbers(tmp_path / "runs" / f"from_{name}") for name in ("out", "megatron"))
+    first, second = (numbers(rows(tmp_path / "runs" / f"from_{name}")) for name in ("out", "megatron"))
     assert first == second and set(first) == {0, 1}
     code, _, err = worker(command, tmp_path, "generate", "megatron", "12=")
     assert code == 2 and "is a Megatron checkpoint, which vLLM cannot read" in err and "--to hf" in err

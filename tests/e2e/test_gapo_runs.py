@@ -11,9 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from runs import Started, command, rows, tiny
+from runs import Started, command, numbers, rows, tiny
 from safetensors.torch import load_file
-from test_resume import numbers
 from transformers import AutoModelForSequenceClassification
 
 CONSTRAINTS = {

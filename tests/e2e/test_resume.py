@@ -4,21 +4,9 @@ import shutil
 import signal
 
 import pytest
-from runs import Started, assert_nothing_left, command, rows, tiny
+from runs import Started, assert_nothing_left, command, numbers, rows, tiny
 
 STEPS = {"steps": 6, "batch": {"mini_batches": 2}, "checkpoint": {"every": 2, "export_hf": False}}
-OF_THE_PROCESS = (
-    "time/", "weight_sync/seconds", "tokens_per_s", "rollout/generate_s", "rollout/overlap_frac",
-    "memory/trainer_peak_gb",
-)  # fmt: skip
-
-
-def numbers(by_step):
-    """step -> every number that training made: no durations, nor what the process has held at most."""
-    return {
-        step: {k: v for k, v in row.items() if k != "phase" and not any(name in k for name in OF_THE_PROCESS)}
-        for step, row in by_step.items()
-    }
 
 
 def checkpoints(run_dir):

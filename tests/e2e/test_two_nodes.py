@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Started, assert_nothing_left, rows, tiny, wait_until
+from runs import ROOT, Started, assert_nothing_left, numbers, rows, tiny, wait_until
 
-MEASURED = ("time/", "memory/", "weight_sync/seconds", "tokens_per_s")
 # sleep: nothing happens on a CPU, but every rank takes part
 SECTIONS = {"rollout": {"sleep": True}, "parallel": {"ep": 2, "timeout_s": 60}, "checkpoint": {"export_hf": False}}
 
@@ -57,13 +56,6 @@ def two_nodes(tmp_path):
             node.kill()
 
 
-def numbers(run_dir: Path) -> dict:
-    return {
-        step: {k: v for k, v in row.items() if k != "phase" and not any(name in k for name in MEASURED)}
-        for step, row in rows(run_dir).items()
-    }
-
-
 def test_two_nodes_give_the_numbers_of_one(tmp_path, model, two_nodes):
     """By torchrun's c10d rendezvous: the agents find out who is rank 0."""
     config = tiny(tmp_path, model, name="two", **SECTIONS)
@@ -73,7 +65,7 @@ def test_two_nodes_give_the_numbers_of_one(tmp_path, model, two_nodes):
     with Started(tmp_path, config, ranks=2) as run:
         assert run.wait() == 0, run.err.read_text()[-3000:]
         assert_nothing_left(run, set())
-    one, two = (numbers(tmp_path / "runs" / name) for name in ("one", "two"))
+    one, two = (numbers(rows(tmp_path / "runs" / name)) for name in ("one", "two"))
     assert set(two) == {0, 1, 2} and two[1]["policy/loss"] != 0
     for step, row in one.items():
         assert two[step] == pytest.approx(row, rel=1e-5, abs=1e-6), step
