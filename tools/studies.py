@@ -1,7 +1,7 @@
 """Train the demo's policy many times, an arm at a time with several seeds, and tabulate what came out.
 
 python -m tools.studies run algorithms runs/studies --seeds 0 1 2       # hours on two cores; goes on where it stopped
-python -m tools.studies table algorithms runs/studies                   # Markdown, as in docs/algorithms.md
+python -m tools.studies table algorithms runs/studies                   # Markdown
 
 Every arm of a seed starts from the same warm start, `runs/studies/seedN/sft`, and lies beside it. The trainer is one
 rank, the rollout engine a child of it, so that the trainer's peak memory is its own.

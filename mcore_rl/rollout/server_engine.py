@@ -60,6 +60,8 @@ class ServerEngine:
         self._timeout_s = timeout_s
         self._decode = load_decoder(model_path)
         self._session = requests.Session()
+        # a connection kept open is closed by the server after 5 s of rest, which a request may just then be using
+        self._session.headers["Connection"] = "close"
         adapter = requests.adapters.HTTPAdapter(pool_maxsize=CONCURRENT_REQUESTS)
         self._session.mount("http://", adapter)
         self._session.mount("https://", adapter)
