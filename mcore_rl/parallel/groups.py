@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import distributed_c10d
 
 from mcore_rl.parallel.layout import ParallelLayout, RankCoords
 
@@ -85,7 +86,7 @@ def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
             f"--nproc-per-node {layout.world_size}"
         )
     device = _local_device()
-    with explain_timeouts(timeout_s):
+    with explain_timeouts(timeout_s), _one_gloo_device(timedelta(seconds=timeout_s)):
         _join(device, timeout_s)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tp,
@@ -139,7 +140,7 @@ def _ask_the_others() -> tuple[bool, list[int]]:
     """Whether this rank is the first that lost another, and the ranks that soon after have not lost one themselves:
     what was killed or hangs is among them. Nobody, where their common store is gone too."""
     try:
-        store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+        store, rank = distributed_c10d._get_default_store(), dist.get_rank()
         others = [r for r in range(dist.get_world_size()) if r != rank]
         first = store.add("mcore_rl/lost", 1) == 1
         store.set(f"mcore_rl/lost/{rank}", "")
@@ -151,6 +152,30 @@ def _ask_the_others() -> tuple[bool, list[int]]:
         return first, others
     except (RuntimeError, ValueError):  # no process group, or no connection
         return True, []
+
+
+@contextlib.contextmanager
+def _one_gloo_device(limit: timedelta) -> Iterator[None]:
+    """Let all gloo groups that are made meanwhile share the thread that waits for their sockets.
+
+    torch gives each group a device of its own, whose thread wakes up every 10 ms. Megatron makes some twenty
+    groups, and ranks that share cores lose up to a third of their time to those threads. All get the time limit
+    too: Megatron 0.16.1 leaves that of the experts' data-parallel group at torch's half an hour.
+    """
+    own = distributed_c10d.ProcessGroupGloo
+    device = own.create_default_device()
+
+    class OfOneDevice(own):
+        def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
+            options = own._Options()
+            options._timeout, options._devices, options._threads = limit, [device], 2  # threads as torch sets them
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = OfOneDevice
+    try:
+        yield
+    finally:
+        distributed_c10d.ProcessGroupGloo = own
 
 
 def _local_device() -> torch.device:

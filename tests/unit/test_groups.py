@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.layout import ParallelLayout
@@ -37,6 +39,23 @@ def test_one_process_without_launcher(no_launcher):
         groups.destroy()
         groups.destroy()
         assert not dist.is_initialized()
+
+
+def test_all_gloo_groups_share_one_thread_for_their_sockets(no_launcher):
+    """And keep their time limit."""
+
+    def threads() -> set[str]:
+        return {path.parent.name for path in Path("/proc/self/task").glob("*/comm") if "gloo_tcp" in path.read_text()}
+
+    before = threads()
+    groups.init(ParallelLayout(), timeout_s=31, seed=0)
+    try:
+        made = threads() - before
+        limits = {group._get_backend(torch.device("cpu")).options._timeout for group in distributed_c10d._world.pg_map}
+    finally:
+        groups.destroy()
+    assert len(made) == 1
+    assert limits == {timedelta(seconds=31)}
 
 
 def test_seed_decides_the_random_states(no_launcher):
