@@ -23,6 +23,7 @@ from pathlib import Path
 from mcore_rl.metrics import read_metrics
 
 DEMO = Path("examples/demo")
+STEPS = 60  # half of the demo's, so that three seeds of a study take an afternoon on one core
 BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
 
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
@@ -168,6 +169,8 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     if arm.config == "dpo.yaml":
         changes += tuple(f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval"))
         make_pairs(home, seed)
+    if arm.config != "dpo.yaml":
+        changes += (f"steps={STEPS}",)
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":
         for length in LENGTHS:
