@@ -1,6 +1,7 @@
 """Write the demo's policy: a Qwen3-MoE of 0.86M parameters with random weights and a character tokenizer.
 
 python -m tools.make_demo_model runs/demo/model --seed 0
+python -m tools.make_demo_model runs/dense/model --size dense     # its control: no experts, as much work a token
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
-SIZES = {  # parameters -> hidden size, layers, heads (of 32: the smallest vLLM has a CPU kernel for), experts, ...
+SIZES = {  # hidden size, layers, heads (of 32: the smallest vLLM has a CPU kernel for), experts, ...
     "0.9m": dict(d=64, layers=4, heads=2, experts=16, top_k=2, ffn=64),
+    "dense": dict(d=64, layers=4, heads=2, experts=0, top_k=2, ffn=64),
+    "deep": dict(d=64, layers=8, heads=2, experts=32, top_k=4, ffn=32),
 }
 
 
@@ -45,27 +48,27 @@ def make_tokenizer():
 
 
 def make_config(tokenizer, d: int, layers: int, heads: int, experts: int, top_k: int, ffn: int):
-    """The Qwen3-MoE config of one entry of SIZES."""
-    from transformers import Qwen3MoeConfig
+    """The config of one entry of SIZES: Qwen3-MoE, or without experts Qwen3 with an MLP as wide as top_k of them."""
+    from transformers import Qwen3Config, Qwen3MoeConfig
 
-    return Qwen3MoeConfig(
+    common = dict(
         vocab_size=len(tokenizer),
         hidden_size=d,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=32,
-        num_experts=experts,
-        num_experts_per_tok=top_k,
-        moe_intermediate_size=ffn,
         intermediate_size=ffn * top_k,
-        norm_topk_prob=True,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
+    if not experts:
+        return Qwen3Config(**common)
+    of_experts = dict(num_experts=experts, num_experts_per_tok=top_k, moe_intermediate_size=ffn, norm_topk_prob=True)
+    return Qwen3MoeConfig(**common, **of_experts)
 
 
 def make_demo_model(out: Path, seed: int = 0, size: str = "0.9m") -> int:
@@ -77,11 +80,11 @@ def make_demo_model(out: Path, seed: int = 0, size: str = "0.9m") -> int:
     if size not in SIZES:
         raise ValueError(f"size={size!r} is unknown; allowed: {', '.join(SIZES)}")
     import torch
-    from transformers import Qwen3MoeForCausalLM
+    from transformers import AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(make_config(tokenizer, **SIZES[size]))
+    model = AutoModelForCausalLM.from_config(make_config(tokenizer, **SIZES[size]))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -95,7 +98,7 @@ def main(
 ) -> None:
     """Write the demo's model and tokenizer as a Hugging Face folder."""
     count = make_demo_model(out, seed, size)
-    print(f"{out}: Qwen3-MoE, {count:,} parameters, seed {seed}")
+    print(f"{out}: {size}, {count:,} parameters, seed {seed}")
 
 
 if __name__ == "__main__":

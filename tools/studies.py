@@ -48,16 +48,25 @@ ARMS: dict[str, Arm] = {
         for size in (2, 4, 16)
     },
     **{
-        f"{name}_lr{lr}": Arm(f"{name}.yaml", (f"optimizer.lr={lr}",))
-        for name in ("grpo", "gspo", "dapo", "sapo")
-        for lr in ("5e-5", "1e-4", "2e-4", "4e-4")
+        f"{name}_lr{lr}": Arm(f"{config}.yaml", (f"optimizer.lr={lr}", *changes), warm_start)
+        for name, config, changes, warm_start in (
+            *((name, name, ("moe.log_every=5",), "sft") for name in ("grpo", "dapo", "gspo", "sapo")),
+            ("grpo_r2", "grpo", ("moe.log_every=5", "moe.routing_replay=old"), "sft"),
+            ("grpo_r3", "grpo", ("moe.log_every=5", "moe.routing_replay=rollout"), "sft"),
+            ("grpo_dense", "grpo", (), "sft_dense"),
+        )
+        for lr in ("1e-4", "2e-4", "4e-4")
     },
     **{
         f"mixed_{aggregation}": Arm("grpo.yaml", (f"algorithm.aggregation={aggregation}", *MIXED), "sft_mixed")
         for aggregation in ("sequence_mean", "token_mean")
     },
 }
-WARM_STARTS = {"sft": (), "sft_mixed": MIXED}
+WARM_STARTS = {  # size of the demo's model, and what is changed in its SFT
+    "sft": ("0.9m", ()),
+    "sft_mixed": ("0.9m", MIXED),
+    "sft_dense": ("dense", ()),
+}
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "algorithms": ("ppo", "dpo", "grpo", "dapo", "gspo", "sapo", "cispo"),
@@ -117,6 +126,17 @@ def entropy_at(step: int) -> Callable[[list[dict]], float | None]:
     return lambda rows: next((r.get("policy/entropy") for r in rows if r["step"] == step), None)
 
 
+def collapsed(rows: list[dict]) -> float | None:
+    """The first step whose reward is below half of the best so far, for good; None where there is none."""
+    rewards = [(r["step"], r["reward/mean"]) for r in rows if r.get("reward/mean") is not None]
+    best = 0.0
+    fallen = None
+    for step, reward in rewards:
+        best = max(best, reward)
+        fallen = (fallen or step) if reward < best / 2 else None
+    return fallen
+
+
 def models_held(rows: list[dict]) -> float:
     """Models in the trainer's memory, the policy among them."""
     return float(sum(key.startswith("memory/") and key.endswith("_parameters") for key in rows[0]))
@@ -125,11 +145,19 @@ def models_held(rows: list[dict]) -> float:
 LEARNING = (
     Column("accuracy before", first("eval/accuracy")),
     Column("after", last("eval/accuracy")),
+    Column("pairs right, before", first("eval/pairs_accuracy")),
+    Column("after", last("eval/pairs_accuracy")),
     Column("entropy, first step", first("policy/entropy"), "{:.3f}", "mean"),
     Column("step 20", entropy_at(20), "{:.3f}", "mean"),
     Column("last step", last("policy/entropy"), "{:.3f}", "mean"),
     Column("tokens clipped", mean("policy/clip_frac"), "{:.2%}", "mean"),
     Column("groups kept", mean("rollout/kept_frac"), "{:.2f}", "mean"),
+)
+ROUTING = (
+    Column("half of the best reward lost at step", collapsed, "{:.0f}"),
+    Column("chi, first", first("moe/chi"), "{:.2f}"),
+    Column("last", last("moe/chi"), "{:.2f}"),
+    Column("flipped tokens, last", last("moe/flip_any"), "{:.2f}", "mean"),
 )
 BY_LENGTH = tuple(Column(f"{n} digits", last(f"accuracy_{n}")) for n in LENGTHS)
 COST = (
@@ -157,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm in arms:
                 run_arm(args.folder, seed, arm)
     else:
-        learning = LEARNING + (BY_LENGTH if args.study == "token_loss" else ())
+        learning = LEARNING + {"token_loss": BY_LENGTH, "learning_rate": ROUTING}.get(args.study, ())
         print(table(args.folder, arms, args.seeds, COST if args.verb == "cost" else learning))
 
 
@@ -178,9 +206,11 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
 
 
 def warm_start(home: Path, seed: int, name: str) -> None:
-    if not (home / "model" / "config.json").exists():
-        call(sys.executable, "-m", "tools.make_demo_model", str(home / "model"), "--seed", str(seed))
-    train(home, name, seed, "sft.yaml", f"model.path={home}/model", *WARM_STARTS[name])
+    size, changes = WARM_STARTS[name]
+    model = home / f"model_{size}"
+    if not (model / "config.json").exists():
+        call(sys.executable, "-m", "tools.make_demo_model", str(model), "--seed", str(seed), "--size", size)
+    train(home, name, seed, "sft.yaml", f"model.path={model}", *changes)
 
 
 def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:

@@ -13,6 +13,7 @@ from tools.studies import (
     STUDIES,
     WARM_STARTS,
     Column,
+    collapsed,
     mean,
     median,
     models_held,
@@ -43,6 +44,15 @@ def test_a_cell_is_of_one_run_or_of_all():
     assert models_held(ROWS) == 2
 
 
+def test_collapsed_is_a_reward_that_does_not_come_back():
+    def of(*rewards):
+        return collapsed([{"step": step, "reward/mean": reward} for step, reward in enumerate(rewards)])
+
+    assert of(0.2, 0.4, 0.8, 0.5, 0.41) is None
+    assert of(0.2, 0.8, 0.3, 0.5, 0.1, 0.0) == 4, "the dip at 2 was made good"
+    assert of() is None
+
+
 def test_a_table_has_the_finished_runs_only(tmp_path):
     write(tmp_path, 0, "grpo", ROWS)
     write(tmp_path, 1, "grpo", ROWS)
@@ -50,7 +60,7 @@ def test_a_table_has_the_finished_runs_only(tmp_path):
     write(tmp_path, 0, "sapo", ROWS, finished=False)
     lines = table(tmp_path, ["grpo", "sapo"], [0, 1, 2], LEARNING).splitlines()
     assert len(lines) == 3 and lines[1].count("|") == lines[0].count("|") == len(LEARNING) + 3
-    assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | 0.500 | 0.125 | 0.125 | 3.00% | - |"
+    assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | - | - | 0.500 | 0.125 | 0.125 | 3.00% | - |"
     assert "| 2 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
 
     (tmp_path / "seed0" / "grpo" / "accuracy_20.json").write_text('{"eval/accuracy": 0.5}')
