@@ -116,7 +116,10 @@ def activations(
     if stage == layout.pp - 1:
         kept += tokens * _norm_bytes(shape.hidden_size, size, fused_norms) / layout.tp + hidden
         vocabulary = -(-vocab_size // layout.tp)
-        logits = vocabulary * (min(chunk_tokens, tokens) * _LOGIT_COPIES * _FP32 + shape.hidden_size * size)
+        head = size + (
+            2 * _FP32 if model.fp32_head and size < _FP32 else 0
+        )  # gradient; of an fp32 copy, and that itself
+        logits = vocabulary * (min(chunk_tokens, tokens) * _LOGIT_COPIES * _FP32 + shape.hidden_size * head)
     return Activations(int(kept), int(working), int(logits))
 
 

@@ -205,6 +205,18 @@ def test_the_engine_lies_on_the_first_gpus(folder):
     assert served.peak_bytes(first) - served.peak_bytes(second) == 2 * GIB  # vLLM's two buffers of the nccl transfer
 
 
+def test_an_fp32_head_is_copied_where_the_model_is_bf16(folder):
+    def logits(**model) -> int:
+        estimate, _ = planned(folder, model=model)
+        return next(use.bytes for use in estimate.places[-1].uses if use.what == "logits")
+
+    copied = logits(fp32_head=True) - logits()
+    assert (
+        copied == 151_936 // 2 * 2048 * 2 * 4
+    )  # a tensor rank's vocabulary, hidden size; the copy and its gradient in fp32
+    assert logits(dtype="float32", fp32_head=True) == logits(dtype="float32")
+
+
 def test_a_sleeping_engine_and_the_trainer_take_turns(folder):
     awake, _ = planned(folder)
     asleep, _ = planned(folder, rollout={"sleep": True})
