@@ -151,6 +151,8 @@ LEARNING = (
     Column("step 20", entropy_at(20), "{:.3f}", "mean"),
     Column("last step", last("policy/entropy"), "{:.3f}", "mean"),
     Column("tokens clipped", mean("policy/clip_frac"), "{:.2%}", "mean"),
+    Column("mean gate", mean("policy/gate_mean"), "{:.3f}", "mean"),
+    Column("groups of one reward", mean("reward/equal_groups_frac"), "{:.2f}", "mean"),
     Column("groups kept", mean("rollout/kept_frac"), "{:.2f}", "mean"),
 )
 ROUTING = (

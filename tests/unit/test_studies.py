@@ -60,7 +60,7 @@ def test_a_table_has_the_finished_runs_only(tmp_path):
     write(tmp_path, 0, "sapo", ROWS, finished=False)
     lines = table(tmp_path, ["grpo", "sapo"], [0, 1, 2], LEARNING).splitlines()
     assert len(lines) == 3 and lines[1].count("|") == lines[0].count("|") == len(LEARNING) + 3
-    assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | - | - | 0.500 | 0.125 | 0.125 | 3.00% | - |"
+    assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | - | - | 0.500 | 0.125 | 0.125 | 3.00% | - | - | - |"
     assert "| 2 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
 
     (tmp_path / "seed0" / "grpo" / "accuracy_20.json").write_text('{"eval/accuracy": 0.5}')
