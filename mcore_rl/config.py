@@ -111,6 +111,7 @@ class MoeConfig(Section):
     router_shift_floor: float = Field(0.7, ge=0, le=1)  # tokens below it weigh 0
     log_every: int = Field(0, ge=0)  # training steps between statistics of the routers; 0: none
     record_every: int = Field(0, ge=0)  # training steps between routes kept in the run's folder; 0: none
+    export_every: int = Field(0, ge=0)  # training steps between those whose every optimizer step leaves an HF folder
 
     @property
     def watches(self) -> bool:

@@ -22,6 +22,7 @@ from mcore_rl.rollout.engine import RolloutError
 from mcore_rl.routing import router_weighted, score_policy, with_rollout_routes
 from mcore_rl.run import Run, evaluation_sampling
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
+from mcore_rl.weights.sync import export_hf
 
 Metrics = dict[str, float]
 MiniBatches = list[list[PackedBatch]]
@@ -182,10 +183,21 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
 
         metrics |= optimise(run, run.trained["critic"], run.critic, rounds, value_loss, "critic")
     if run.critic is None or step >= config.critic.warmup_steps:
-        metrics |= optimise(run, run.trained["policy"], run.policy, rounds, algorithm.loss, "policy")
+        after = updates_exporter(run, step)
+        metrics |= optimise(run, run.trained["policy"], run.policy, rounds, algorithm.loss, "policy", after)
     positions = float(sum(b.token_ids.numel() for part in mini_batches for b in part))
     totals = sum_over_ranks(run.groups, {"positions": positions * config.batch.epochs}, contributes=reports(run))
     return {**metrics, "num_positions": totals["positions"]}
+
+
+def updates_exporter(run: Run, step: int) -> Callable[[int], object] | None:
+    """What leaves the policy as updates/step_N/K in the run's folder after optimizer step K of a training step, both
+    counted from 1, where `moe.export_every` asks for it."""
+    config, every = run.plan.config, run.plan.config.moe.export_every
+    if every == 0 or (step + 1) % every:
+        return None
+    folder = config.run_dir / "updates" / f"step_{step + 1:06d}"
+    return lambda k: export_hf(run.exporter, folder / str(k), config.model.path)
 
 
 def adapt_kl(run: Run, metrics: Metrics, num_samples: int) -> Run:
@@ -201,8 +213,9 @@ def optimise(
     mini_batches: MiniBatches,
     loss: Callable[[PackedBatch, PolicyOutput], LossOutput],
     name: str,
+    after: Callable[[int], object] | None = None,
 ) -> Metrics:
-    """Optimizer steps of one model; its losses and metrics averaged over them."""
+    """Optimizer steps of one model; its losses and metrics averaged over them. `after` is told each one's number."""
     sums: Metrics = {"num_loss": 0.0}
     norms, lr = [], 0.0
     moe = run.plan.config.moe
@@ -215,6 +228,8 @@ def optimise(
             add(sums, result.metrics)
         grad_norm, lr = training.step()
         norms.append(grad_norm)
+        if after is not None:
+            after(len(norms))
     totals = sum_over_ranks(run.groups, sums, contributes=reports(run))
     optimizer = "optimizer" if name == "policy" else f"{name}_optimizer"
     return {

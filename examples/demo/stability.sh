@@ -13,7 +13,8 @@ pair() {  # SEED SIZE FOLDER OVERRIDES...: make OLD and NEW of one model
     python -m tools.make_demo_model "$at/model" --seed "$seed" --size "$size"
     mcore-rl train examples/demo/sft.yaml seed="$seed" output_dir="$3" parallel.ep=1 model.path="$at/model"
     mcore-rl train examples/demo/grpo.yaml "${common[@]}" model.path="$at/sft/hf" steps=30 evaluate.every=30 "${@:4}"
-    mcore-rl train examples/demo/grpo.yaml "${common[@]}" model.path="$at/grpo/hf" name=demo/next steps=1 evaluate.every=0
+    mcore-rl train examples/demo/grpo.yaml "${common[@]}" model.path="$at/grpo/hf" name=demo/next steps=1 evaluate.every=0 \
+        moe.export_every=1
 }
 
 for seed in 0 1 2; do
@@ -23,7 +24,8 @@ for seed in 0 1 2; do
     python -m tools.demo_prompts "$at/model" --seed "$seed" --n 240 --out "$runs/$seed/prompts.jsonl"
 
     asked=(--prompts "$runs/$seed/prompts.jsonl" --max-tokens 19 --out "$runs/pair$seed")
-    moe-stability compare "$at/grpo" "$at/next" --dense "$dense/grpo" "$dense/next" --no-sweep --no-objectives "${asked[@]}"
+    moe-stability compare "$at/grpo" "$at"/next/updates/step_000001/{1..8} --dense "$dense/grpo" "$dense/next" \
+        --no-sweep --no-objectives "${asked[@]}"
     moe-stability sweep "$at/grpo" "$at/next" --limit 240 "${asked[@]}"
     moe-stability objectives "$at/grpo" "$at/next" --grad-prompts 24 "${asked[@]}"
     moe-stability mismatch "$at/grpo" "${asked[@]}"

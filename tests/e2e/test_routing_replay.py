@@ -93,6 +93,19 @@ def test_routers_are_watched(run):
     assert not torch.equal(before.expert_ids, after.expert_ids) and len(list(folder.iterdir())) == 3
 
 
+def test_the_policy_after_every_optimizer_step_of_a_rollout(run):
+    folder = run("none", **{"moe.export_every": 2})["folder"]
+    assert {path.relative_to(folder / "updates").as_posix() for path in folder.glob("updates/*/*")} == {
+        "step_000002/1",
+        "step_000002/2",
+    }
+    first, second, final = (
+        load_file(path / "model.safetensors") for path in (*sorted(folder.glob("updates/*/*")), folder / "hf")
+    )
+    assert all(torch.equal(second[name], weight) for name, weight in final.items())
+    assert not all(torch.equal(first[name], weight) for name, weight in final.items())
+
+
 def test_a_frozen_router_keeps_its_weights(run, model):
     trained = load_file(run("none", **{"model.freeze_router": "true"})["folder"] / "hf" / "model.safetensors")
     before = load_file(model / "model.safetensors")
