@@ -94,6 +94,7 @@ class WeightSyncConfig(Section):
         8, ge=0
     )  # sequences generated after each sync and scored by the trainer; 0: not verified
     probe_tokens: int = Field(16, ge=1)
+    check_packing_every: int = Field(16, ge=1)  # syncs in which each packed matrix is probed once; the first probes all
     max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
 
 

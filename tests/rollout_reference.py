@@ -72,11 +72,12 @@ class CheckpointExporter:
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
 
-    def write_into(self, targets: Sequence[Shard]) -> None:
+    def write_into(self, targets: Sequence[Shard]) -> list[int]:
         mine = set(list(self.tensors)[self.rank :: self.world_size])
         for target in targets:
             if target.hf_name in mine:
                 target.view.copy_(self._part(target))
+        return self.checksums(targets)
 
     def checksums(self, targets: Sequence[Region]) -> list[int]:
         if self.world_size > 1:

@@ -62,7 +62,7 @@ class Current:
         return current.metadata()
 
     def write_into(self, targets):
-        current.write_into(targets)
+        return current.write_into(targets)
 
     def checksums(self, targets):
         return current.checksums(targets)

@@ -6,6 +6,7 @@ copy into the parameters that vLLM keeps as they are, and vLLM's own packing of 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from vllm.platforms import current_platform
 
 from mcore_rl.rollout.loader_trace import LoadedParameter, NotTraceable, trace_loader
 from mcore_rl.rollout.weight_layout import Area, Metadata, Piece, aligned
-from mcore_rl.weights.checksums import checksum
+from mcore_rl.weights.checksums import Checksum
 
 METHODS = (UnquantizedLinearMethod, UnquantizedFusedMoEMethod, UnquantizedEmbeddingMethod)
 MAX_DIFF = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}  # packed against plain, of the largest
@@ -70,6 +71,7 @@ class EngineWeights:
         if len(set(owners)) < len(owners):
             raise NotTraceable("two parameters share their memory")
         self.area = Area(offset, pieces)
+        self._kept: dict[int, tuple[int, list[Checksum]]] = {}  # by a slot's offset: where it is, of its pieces
 
     def _slot(self, loaded: LoadedParameter, offset: int, first: int) -> tuple[Slot, list[Piece]]:
         module = self.model.get_submodule(loaded.module)
@@ -115,11 +117,14 @@ class EngineWeights:
         return packing
 
     @torch.no_grad()
-    def engine_problems(self, area: Tensor, expected: Sequence[int]) -> list[str]:
+    def engine_problems(self, area: Tensor, expected: Sequence[int], part: int = 0, parts: int = 1) -> list[str]:
         """Tensors that the engine computes with in other values than `area` has; by name.
 
         What is kept as loaded is read back, bit by bit. What is packed answers to a probe vector: the result of its
-        kernel must be that of the plain weights.
+        kernel must be that of the plain weights. That takes the longest, so it can be dealt over `parts` calls.
+
+        Args:
+            part: one more at every call; any `parts` calls in a row together probe every packed matrix and expert.
         """
         wrong: dict[str, str] = {}
         for slot in self.slots:
@@ -129,33 +134,55 @@ class EngineWeights:
         for slot in self.slots:
             if slot.packed or isinstance(slot.module, ParallelLMHead):
                 probed[slot.module].append(slot)
-        for module, slots in probed.items():
-            names = _wrong_experts if isinstance(module.quant_method, UnquantizedFusedMoEMethod) else _wrong_rows
-            wrong |= dict.fromkeys(names(module, slots, area, self.area.pieces), "is packed wrongly in the engine")
+        for number, (module, slots) in enumerate(probed.items()):
+            first = (part - number) % parts
+            if isinstance(module.quant_method, UnquantizedFusedMoEMethod):
+                names = _wrong_experts(module, slots, area, self.area.pieces, slice(first, None, parts))
+            else:
+                names = [] if first else _wrong_rows(module, slots, area, self.area.pieces)
+            wrong |= dict.fromkeys(names, "is packed wrongly in the engine")
         return [f"{name} {problem}" for name, problem in wrong.items()]
 
     def _changed(self, slot: Slot, expected: Sequence[int]) -> Iterator[str]:
         live = _live(slot).detach()
-        for position in slot.pieces:
-            piece = self.area.pieces[position]
-            size = [high - low for low, high in piece.box]
-            start = (piece.offset - slot.offset) // slot.dtype.itemsize
-            region = piece.region()
-            part = live.as_strided(size, piece.stride, live.storage_offset() + start)
-            if live.dtype != slot.dtype or checksum(part, region.box, region.factors) != expected[position]:
-                yield piece.name
+        pointer, checksums = self._kept.get(slot.offset, (0, []))
+        if pointer != live.data_ptr():
+            checksums = [self._checksum(self.area.pieces[position], slot, live) for position in slot.pieces]
+            self._kept[slot.offset] = (live.data_ptr(), checksums)
+        for position, checksum in zip(slot.pieces, checksums, strict=True):
+            if live.dtype != slot.dtype or checksum() != expected[position]:
+                yield self.area.pieces[position].name
+
+    @staticmethod
+    def _checksum(piece: Piece, slot: Slot, live: Tensor) -> Checksum:
+        size = [high - low for low, high in piece.box]
+        start = (piece.offset - slot.offset) // slot.dtype.itemsize
+        region = piece.region()
+        part = live.as_strided(size, piece.stride, live.storage_offset() + start)
+        return Checksum(part, region.box, region.factors)
 
 
-def received_problems(area: Area, memory: Tensor, expected: Sequence[int]) -> list[str]:
-    """Tensors in `memory` that are not finite or not what the trainer has, by name."""
-    found: dict[str, str] = {}
-    for piece, number in zip(area.pieces, expected, strict=True):
-        shard = piece.shard(memory)
-        if shard.view.numel() and not all(bound.isfinite() for bound in torch.aminmax(shard.view)):
-            found[piece.name] = "has values that are not finite"
-        elif checksum(shard.view, shard.box, shard.factors) != number:
-            found[piece.name] = "arrived with other bits than the trainer has"
-    return [f"{name} {problem}" for name, problem in found.items()]
+class Arrivals:
+    """What has arrived in the memory of an area."""
+
+    def __init__(self, area: Area, memory: Tensor) -> None:
+        self._shards = [piece.shard(memory) for piece in area.pieces]
+        self._checksums = [Checksum(shard.view, shard.box, shard.factors) for shard in self._shards]
+
+    def problems(self, expected: Sequence[int]) -> list[str]:
+        """Tensors that are not finite or have other checksums than the trainer's, by name."""
+        found: dict[str, str] = {}
+        for shard, checksum, number in zip(self._shards, self._checksums, expected, strict=True):
+            if checksum() != number:
+                found[shard.hf_name] = "arrived with other bits than the trainer has"
+            elif not _finite(shard.view):
+                found[shard.hf_name] = "has values that are not finite"
+        return [f"{name} {problem}" for name, problem in found.items()]
+
+
+def _finite(values: Tensor) -> bool:
+    """A sum is the fastest way to find NaN and infinity; finite values may add up to infinity too."""
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _live(slot: Slot) -> Tensor:
@@ -175,22 +202,28 @@ def _rows(piece: Piece, slot: Slot, values: Tensor) -> Tensor:
     return values[first : first + piece.box[0][1] - piece.box[0][0]]
 
 
-def _wrong_experts(module: nn.Module, slots: list[Slot], area: Tensor, pieces: Sequence[Piece]) -> list[str]:
-    """One token to each expert."""
+def _wrong_experts(
+    module: nn.Module, slots: list[Slot], area: Tensor, pieces: Sequence[Piece], chosen: slice
+) -> list[str]:
+    """One token to each of the chosen experts."""
     if module.activation != MoEActivation.SILU or module.apply_router_weight_on_input:
         return []
     plain = {slot.name: slot.view(area) for slot in slots}
-    w13, w2 = plain["w13_weight"], plain["w2_weight"]
-    num_experts, _, hidden = w13.shape
-    x = _probe(num_experts, hidden, w13.dtype)
-    ids = torch.arange(num_experts, dtype=torch.int32)[:, None]
-    packed = module.quant_method.apply(module, x, torch.ones(num_experts, 1), ids, None, None)
+    w13, w2 = plain["w13_weight"][chosen], plain["w2_weight"][chosen]
+    if not len(w13):
+        return []
+    # no slice of all ids: the kernel takes them to be contiguous, without a look
+    ids = torch.arange(*chosen.indices(len(plain["w13_weight"])), dtype=torch.int32)
+    x = _probe(len(ids), w13.shape[-1], w13.dtype)
+    packed = module.quant_method.apply(module, x, torch.ones(len(ids), 1), ids[:, None], None, None)
     gate, up = torch.bmm(w13, x[:, :, None])[..., 0].chunk(2, dim=-1)
-    wrong = _far(packed, torch.bmm(w2, (torch.nn.functional.silu(gate) * up)[:, :, None])[..., 0]).any(-1)
-    found = []
+    far = _far(packed, torch.bmm(w2, (torch.nn.functional.silu(gate) * up)[:, :, None])[..., 0]).any(-1)
+    wrong, found = set(ids[far].tolist()), []
+    if not wrong:
+        return []
     for slot in slots:
         numel = slot.shape[1:].numel() * slot.dtype.itemsize
-        found += [pieces[i].name for i in slot.pieces if wrong[(pieces[i].offset - slot.offset) // numel]]
+        found += [pieces[i].name for i in slot.pieces if (pieces[i].offset - slot.offset) // numel in wrong]
     return found
 
 

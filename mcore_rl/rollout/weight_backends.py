@@ -90,10 +90,8 @@ class ShmTrainerEngine(CopyTrainerEngine):
 
     def send_weights(self) -> None:
         self.seconds: dict[str, float] = {}
-        with self.timed("write"):
-            self.source.exporter.write_into(self.targets)
-        with self.timed("checksum"):  # which also tells that every rank has written
-            checksums = self.source.exporter.checksums(self.targets)
+        with self.timed("write"):  # which adds up over the ranks, so all have written
+            checksums = self.source.exporter.write_into(self.targets)
         # nobody writes the next version while a worker reads this one
         with self.timed("engine"):
             self.on_rank_0(lambda: self._update(checksums))
@@ -144,7 +142,6 @@ class GlooTrainerEngine(CopyTrainerEngine):
             for name, tensor in self.source:  # materialising is a collective
                 for shard in self.targets[name] if self.is_sender else ():
                     shard.view.copy_(tensor[tuple(slice(low, high) for low, high in shard.box)])
-        with self.timed("checksum"):
             checksums = self.source.exporter.checksums(self.regions)
         with self.timed("engine"):
             self.on_rank_0(lambda: self._update(checksums))

@@ -36,7 +36,7 @@ class Exporter(Protocol):
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]: ...
 
-    def write_into(self, targets: Sequence[Shard]) -> None: ...
+    def write_into(self, targets: Sequence[Shard]) -> list[int]: ...
 
     def checksums(self, targets: Sequence[Region]) -> list[int]: ...
 
@@ -67,9 +67,9 @@ class WeightTransfer:
         """Replace the engine's weights by the trainer's present ones; called on every trainer rank.
 
         Returns:
-            Seconds by phase: of rank 0 `write`, `checksum` and `engine`, and of its slowest worker `receive`, `verify`,
-            `load` (of which `pack` is vLLM's packing) and `read_back`, which are parts of `engine`. Empty for vLLM's
-            own backends.
+            Seconds by phase: of rank 0 `write`, with the checksums of what is written, and `engine`, and of its
+            slowest worker `receive`, `verify`, `load` (of which `pack` is vLLM's packing) and `read_back`, which are
+            parts of `engine`. Empty for vLLM's own backends.
 
         Raises:
             RolloutError: the engine died, or refused the weights, or computes with others than were sent; these are
@@ -136,8 +136,9 @@ def _terms(engine: RolloutEngine, source: ExporterSource, config: WeightSyncConf
     if config.backend not in ("auto", backend):
         raise ValueError(f"weight_sync.backend={config.backend!r}, but the rollout engine was started with {backend!r}")
     areas = None
+    wanted = {"metadata": metadata, "check_packing_every": config.check_packing_every}
     if backend in ("shm", "gloo"):
-        areas = Areas.of([Area.from_json(area) for area in engine.call_workers("weight_area", metadata=metadata)])
+        areas = Areas.of([Area.from_json(area) for area in engine.call_workers("weight_area", **wanted)])
         os.ftruncate(memory, areas.num_bytes if backend == "shm" else 0)
     return {
         "backend": backend,

@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from mcore_rl.rollout import vllm_patches
-from mcore_rl.rollout.engine_weights import EngineWeights, received_problems
+from mcore_rl.rollout.engine_weights import Arrivals, EngineWeights
 from mcore_rl.rollout.isolation import CHILD_FLAG
 from mcore_rl.rollout.loader_trace import NotTraceable
 from mcore_rl.rollout.weight_layout import (
@@ -56,9 +56,9 @@ class WorkerExtension:
             "routes": route_facts(self.model_runner.model, config),
         }
 
-    def weight_area(self, metadata: Metadata) -> dict[str, Any]:
+    def weight_area(self, metadata: Metadata, check_packing_every: int) -> dict[str, Any]:
         """The `Area` in which this worker wants the trainer's tensors."""
-        return self.weight_transfer_engine.layout(metadata).to_json()
+        return self.weight_transfer_engine.layout(metadata, check_packing_every).to_json()
 
     def update_seconds(self) -> dict[str, float]:
         """Where the time of the last update went."""
@@ -140,11 +140,14 @@ class CopyEngine(base.WeightTransferEngine):
     init_info_cls = CopyInitInfo
     update_info_cls = CopyUpdateInfo
     area: Area
+    arrivals: Arrivals
     weights: EngineWeights | None = None
+    good_updates: int  # since the first or the last that went wrong
     buffer: torch.Tensor
 
-    def layout(self, metadata: Metadata) -> Area:
+    def layout(self, metadata: Metadata, check_packing_every: int) -> Area:
         """Where this worker wants the tensors."""
+        self.check_packing_every, self.good_updates = check_packing_every, 0
         try:
             self.weights = EngineWeights(self.model, self.model_config, metadata)
             self.area = self.weights.area
@@ -160,6 +163,7 @@ class CopyEngine(base.WeightTransferEngine):
     def find_area(self, init_info: CopyInitInfo, buffer: torch.Tensor) -> None:
         self.number, start = init_info.places[self.rank(init_info) - 1]
         self.buffer, self.memory = buffer, buffer[start : start + self.area.num_bytes]
+        self.arrivals = Arrivals(self.area, self.memory)
 
     def start_weight_update(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -168,15 +172,17 @@ class CopyEngine(base.WeightTransferEngine):
         """Raises ValueError with the names of the tensors that did not arrive, and then the engine still has what it
         had, or of those that it computes with in other values than arrived.
         """
-        self.expected = update_info.checksums[self.number]
+        self.expected, good = update_info.checksums[self.number], self.good_updates
+        self.good_updates = 0
         with self._timed("receive"):
             self.fetch()
         with self._timed("verify"):
-            refuse(received_problems(self.area, self.memory, self.expected))
+            refuse(self.arrivals.problems(self.expected))
         with self._timed("load"):
             self._load()
         with self._timed("read_back"):
-            refuse(self.problems())
+            refuse(self.problems(good, self.check_packing_every if good else 1))
+        self.good_updates = good + 1
 
     def _load(self) -> None:
         if self.weights is not None:
@@ -189,9 +195,12 @@ class CopyEngine(base.WeightTransferEngine):
     def finish_weight_update(self) -> None:
         pass
 
-    def problems(self) -> list[str]:
-        """What is wrong in what the engine computes with, by tensor; not known where vLLM's loader was used."""
-        return self.weights.engine_problems(self.memory, self.expected) if self.weights is not None else []
+    def problems(self, part: int = 0, parts: int = 1) -> list[str]:
+        """What is wrong in what the engine computes with, by tensor; not known where vLLM's loader was used.
+
+        See `EngineWeights.engine_problems`.
+        """
+        return [] if self.weights is None else self.weights.engine_problems(self.memory, self.expected, part, parts)
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -204,7 +213,7 @@ class CopyEngine(base.WeightTransferEngine):
         raise NotImplementedError
 
     def shutdown(self) -> None:
-        self.buffer = self.memory = None
+        self.buffer = self.memory = self.arrivals = None
 
 
 def refuse(problems: list[str]) -> None:

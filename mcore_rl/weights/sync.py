@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
-from mcore_rl.weights.checksums import checksum
+from mcore_rl.weights.checksums import Checksum, signed
+from mcore_rl.weights.cuts import Box, Factors
 from mcore_rl.weights.hf_io import save_hf
 from mcore_rl.weights.plan import Copy, plan, refactor
 from mcore_rl.weights.shards import Region, Shard, hf_regions, megatron_shards, owned_boxes
@@ -61,37 +62,46 @@ class WeightExporter:
         """(name on disk, dtype, shape) of the whole model, in the order of iteration; the same on every rank."""
         return [(name, region.dtype or self.dtype, region.shape) for name, region in self._regions.items()]
 
-    @torch.no_grad()
-    def write_into(self, targets: Sequence[Shard]) -> None:
-        """Copy what this rank owns into boxes of HF tensors; after all ranks have done so each is full.
+    def write_into(self, targets: Sequence[Shard]) -> list[int]:
+        """Copy what this rank owns into boxes of HF tensors; after all ranks have done so each is full. Collective.
 
         Args:
             targets: of plain factors and any dtype, for instance of memory that every rank has mapped. Give the same
                 sequence every time: what goes where is planned for the first.
 
+        Returns:
+            `checksums` of them: of the parameters, which are not taken from what was written.
+
         Raises:
             ValueError: a tensor of `targets` is not the model's or has another shape; names it.
         """
-        self._refresh()
-        for route in self._routed(targets):
-            route.target.copy_(route.source)
+        return self._checksums(targets, write=True)
 
-    @torch.no_grad()
     def checksums(self, targets: Sequence[Region]) -> list[int]:
         """Of every one of `targets`, what `checksum` gives where it holds the present weights; collective.
 
         Args:
-            targets: as of `write_into`, their memory is not read; `dtype` is that of their elements.
+            targets: as of `write_into`, their memory is not touched; `dtype` is that of their elements.
         """
+        return self._checksums(targets, write=False)
+
+    @torch.no_grad()
+    def _checksums(self, targets: Sequence[Region], write: bool) -> list[int]:
         self._refresh()
-        sums = torch.zeros(len(targets), dtype=torch.int64)
+        sums = [0] * len(targets)
         for route in self._routed(targets):
-            values = route.source.to(targets[route.index].dtype)
-            sums[route.index] += checksum(values, route.copy.box, route.copy.src.factors)
-        if self.groups.world_size > 1:
-            sums = sums.to(self.groups.device)
-            dist.all_reduce(sums)
-        return sums.tolist()
+            values, checksum = route.source, route.checksum
+            if checksum is None:
+                values = values.to(route.dtype)
+                checksum = Checksum(values, *route.where)
+            if write:
+                route.target.copy_(values)
+            sums[route.index] += checksum()  # at once, while the values are in the processor's cache
+        if self.groups.world_size == 1:
+            return [signed(number) for number in sums]
+        of_all = torch.tensor([signed(number) for number in sums], device=self.groups.device)
+        dist.all_reduce(of_all)
+        return of_all.tolist()
 
     def _routed(self, targets: Sequence[Region]) -> list[_Route]:
         """What this rank has of `targets`."""
@@ -105,18 +115,16 @@ class WeightExporter:
                 parts += [(part, index) for part in refactor(target, known.factors)]
             index_of = {id(part): index for part, index in parts}
             copies = plan(self._owned, [part for part, _ in parts], self.dtype.itemsize).copies
-            self._routes = [
-                _Route(
-                    copy,
-                    index_of[id(copy.dst)],
-                    self._source(copy)[copy.src_index],
-                    copy.dst.view[copy.dst_index] if isinstance(copy.dst, Shard) else None,
-                )
-                for copy in copies
-                if copy.src.rank == self.groups.rank
-            ]
+            mine = [copy for copy in copies if copy.src.rank == self.groups.rank]
+            self._routes = [self._route(copy, index_of[id(copy.dst)], targets) for copy in mine]
             self._targets = targets
         return self._routes
+
+    def _route(self, copy: Copy, index: int, targets: Sequence[Region]) -> _Route:
+        source, dtype = self._source(copy)[copy.src_index], targets[index].dtype
+        target = copy.dst.view[copy.dst_index] if isinstance(copy.dst, Shard) else None
+        where = (copy.box, copy.src.factors)
+        return _Route(index, source, target, dtype, where, Checksum(source, *where) if source.dtype == dtype else None)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor | None]]:
         """(name, full tensor) on rank 0, (name, None) elsewhere, in `metadata` order; all ranks must finish it.
@@ -184,12 +192,14 @@ class WeightExporter:
 
 @dataclass(frozen=True, slots=True)
 class _Route:
-    """One copy from this rank, with its views; `index` is the position of its target."""
+    """One copy from this rank, with its views."""
 
-    copy: Copy
-    index: int
+    index: int  # position of its target
     source: Tensor
     target: Tensor | None
+    dtype: torch.dtype  # of the target
+    where: tuple[Box, Factors]
+    checksum: Checksum | None  # of the source; None where that has another dtype
 
 
 def export_hf(

@@ -114,17 +114,46 @@ def train_with_a_corrupted_expert(folder: Path) -> tuple[int, str, str]:
     write_into, syncs = WeightExporter.write_into, []
 
     def corrupting(self, targets):
-        write_into(self, targets)
+        checksums = write_into(self, targets)
         syncs.append(1)
         if len(syncs) > 1:
             (expert,) = [target.view for target in targets if target.hf_name == EXPERT]
             expert.add_(expert.std() * (expert.detach().clone().normal_()))
+        return checksums
 
     WeightExporter.write_into = corrupting
     try:
         return command(folder, "train", "config.yaml", "optimizer.lr=1e-9")
     finally:
         WeightExporter.write_into = write_into
+
+
+WRONG_USE = [{"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}, {"rms_norm_eps": 1e-2}]
+
+
+@pytest.mark.parametrize("engine_config", WRONG_USE, ids=lambda config: next(iter(config)))
+def test_right_weights_that_are_used_wrongly_are_found_by_the_probe(tmp_path, model, worker, engine_config):
+    """Every bit is the trainer's, every matrix packed rightly; only the log-probs tell."""
+    tiny(tmp_path, model)
+    code, _, err = worker(train_with_another_engine, tmp_path, model, engine_config)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and "weight sync of policy version 0 is wrong: on two probes of 2 sequences" in line
+    assert "allowed is weight_sync.max_logprob_diff=0.001" in line
+    assert rows(tmp_path / "runs" / "run") == {}
+
+
+def train_with_another_engine(folder: Path, model: Path, engine_config: dict) -> tuple[int, str, str]:
+    """The engine has the trainer's weights under another config.json."""
+    from mcore_rl import run
+
+    open_engine, other = run.open_engine, shutil.copytree(model, folder / "other")
+    config = json.loads((model / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | engine_config))
+    run.open_engine = lambda *args, **options: open_engine(*args, **options | {"model_path": str(other)})
+    try:
+        return command(folder, "train", "config.yaml")
+    finally:
+        run.open_engine = open_engine
 
 
 @pytest.fixture

@@ -26,9 +26,10 @@ class Corrupting(CheckpointExporter):
 
     def write_into(self, targets):
         before = {t.hf_name: t.view.clone() for t in targets}
-        super().write_into(targets)
+        checksums = super().write_into(targets)
         if self.mistake:
             self.mistake({t.hf_name: t.view for t in targets}, before)
+        return checksums
 
 
 def swap_experts(views, before):
@@ -152,6 +153,65 @@ def test_experts_that_vllm_does_not_pack_again_are_named(sync, rollout_engine, m
     monkeypatch.setattr(Method, "_setup_kernel", Method._setup_kernel.__wrapped__)
     with pytest.raises(RolloutError, match=r"mlp.experts.0.down_proj.weight is packed wrongly in the engine.*in all"):
         transfer.send(1)
+
+
+def test_packing_is_probed_in_turns(rollout_engine, rollout_dirs, monkeypatch):
+    """All at first and after a failure, then every expert and matrix once in `check_packing_every` syncs."""
+    from mcore_rl.rollout import engine_weights
+
+    transfer = connect(
+        rollout_engine,
+        CheckpointExporter(rollout_dirs[0]),
+        WeightSyncConfig(backend="shm", check_packing_every=4),
+        ONE_RANK,
+    )
+    experts, wrong = layer(rollout_engine, "model.layers.2.mlp.experts.routed_experts"), []
+    pack = type(experts.quant_method).process_weights_after_loading
+
+    def pack_wrongly(self, module):
+        pack(self, module)
+        if module is experts:
+            module.w13_weight.data[wrong] = 0
+
+    monkeypatch.setattr(type(experts.quant_method), "process_weights_after_loading", pack_wrongly)
+    probed, seen = engine_weights._wrong_rows, []
+    monkeypatch.setattr(
+        engine_weights, "_wrong_rows", lambda module, *a: [seen.append(module), *probed(module, *a)][1:]
+    )
+    transfer.send(0)
+    all_matrices, seen[:] = list(seen), []
+    assert len(all_matrices) > 4
+    for version in range(1, 5):
+        transfer.send(version)
+    assert sorted(map(id, seen)) == sorted(map(id, all_matrices)), "each once in four"
+
+    for expert in (2, 5):
+        wrong[:] = [expert]
+        with pytest.raises(RolloutError, match=f"{LAYER}mlp.experts.{expert}.down_proj.weight is packed wrongly"):
+            for version in range(4):
+                transfer.send(version)
+        with pytest.raises(RolloutError, match=f"experts.{expert}.down_proj.weight is packed wrongly"):
+            transfer.send(5)  # after a failure all are probed
+        wrong[:] = []
+        transfer.send(6)
+    wrong[:] = [3]
+    transfer.close()
+    transfer = connect(rollout_engine, CheckpointExporter(rollout_dirs[0]), SHM, ONE_RANK)
+    with pytest.raises(RolloutError, match="experts.3.down_proj.weight is packed wrongly"):
+        transfer.send(7)
+    wrong[:] = []
+    transfer.send(8)
+    transfer.close()
+
+
+def test_bits_are_checked_at_every_sync(sync):
+    """Whatever is left out of the probes."""
+    transfer, exporter = sync
+    for version in (1, 2, 3):
+        transfer.send(version)
+    exporter.mistake = lose_one_bit
+    with pytest.raises(RolloutError, match=f"{HEAD} arrived with other bits"):
+        transfer.send(4)
 
 
 def test_the_loaders_way_gives_the_same_engine(rollout_engine, rollout_dirs, monkeypatch):

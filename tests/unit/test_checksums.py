@@ -3,66 +3,91 @@
 import pytest
 import torch
 
-from mcore_rl.weights.checksums import checksum
+from mcore_rl.weights.checksums import checksum, signed
 from mcore_rl.weights.plan import refactor
 from mcore_rl.weights.shards import Shard
 
 PLAIN, GROUPED = ((12,), (6,)), ((3, 4), (6,))
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+SEGMENT = {torch.float32: 32, torch.bfloat16: 64}  # columns
 
 
-def matrix(dtype=torch.float32):
-    return torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+def matrix(columns=6, dtype=torch.float32):
+    return torch.randn(12, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def whole(values):
-    return checksum(values, ((0, 12), (0, 6)), PLAIN)
+    return part(values, *((0, size) for size in values.shape))
 
 
-def part(values, rows, columns):
-    return checksum(values[slice(*rows), slice(*columns)], (rows, columns), PLAIN)
+def part(values, *box):
+    return checksum(values[tuple(slice(*side) for side in box)], box, tuple((size,) for size in values.shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_cutting_adds_up(dtype):
-    values = matrix(dtype)
-    quarters = [part(values, rows, columns) for rows in ((0, 5), (5, 12)) for columns in ((0, 1), (1, 6))]
-    assert torch.tensor(quarters).sum() == whole(values)
-    groups = values.view(3, 4, 6)
-    halves = [checksum(groups[:, a:b], ((0, 3), (a, b), (0, 6)), GROUPED) for a, b in ((0, 1), (1, 4))]
-    assert torch.tensor(halves).sum() == whole(values), "rows of a fused parameter, which are not next to each other"
-    assert checksum(values[:, 0], ((0, 12),), ((12,),)) == checksum(values[:, 0].clone(), ((0, 12),), ((12,),))
+@DTYPES
+@pytest.mark.parametrize("columns", [6, 64, 128, 200])
+def test_any_cutting_adds_up(dtype, columns):
+    values = matrix(columns, dtype)
+    for cut in {1, 4, columns // 2, columns - 1, min(SEGMENT[dtype], columns - 2)}:
+        quarters = [part(values, rows, sides) for rows in ((0, 5), (5, 12)) for sides in ((0, cut), (cut, columns))]
+        assert signed(sum(quarters)) == whole(values)
+    groups, factors = values.view(3, 4, columns), ((3, 4), (columns,))
+    halves = [checksum(groups[:, a:b], ((0, 3), (a, b), (0, columns)), factors) for a, b in ((0, 1), (1, 4))]
+    assert signed(sum(halves)) == whole(values), "rows of a fused parameter, which are not next to each other"
+
+
+@DTYPES
+def test_the_memory_does_not_matter(dtype):
+    """Whether words can be read, or elements one by one."""
+    values = matrix(200, dtype)
+    moved = torch.zeros(12, 201, dtype=dtype)[:, 1:].copy_(values)
+    assert whole(values.T.contiguous().T) == whole(moved) == whole(values)
+    vector = values[0]
+    assert whole(values[:, 0]) == whole(values[:, 0].clone()) and whole(moved[0]) == whole(vector)
+    thirds = [part(vector, side) for side in ((0, 1), (1, 90), (90, 200))]
+    assert signed(sum(thirds)) == whole(vector)
+
+
+@pytest.mark.parametrize("columns", [6, 64])
+def test_an_empty_box_adds_nothing(columns):
+    values = matrix(columns)
+    assert part(values, (4, 4), (0, columns)) == part(values, (0, 12), (3, 3)) == part(values[0], (2, 2)) == 0
 
 
 def test_a_hand_computed_one():
-    """Bits 1 and -2 of a [1, 2] matrix are weighted by their columns, and all by the row."""
+    """Two elements are a word."""
 
     def of_bits(*bits):
-        ints = torch.tensor([bits], dtype=torch.int32)
-        return checksum(ints.view(torch.float32), ((0, 1), (0, 2)), ((1,), (2,)))
+        return whole(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
 
-    assert (of_bits(1, -2) - of_bits(1, 0) + 2 * of_bits(0, 1)) % 2**64 == 0
-    assert of_bits(1, 0) % 2 == of_bits(0, 1) % 2 == 1 and of_bits(1, 0) != of_bits(0, 1) and of_bits(0, 0) == 0
+    weight = of_bits(1, 0)
+    assert weight % 2 == 1 and of_bits(0, 0) == 0
+    assert of_bits(5, -2) == signed(weight * (5 - 2 * 2**32))
 
 
-def test_every_bit_of_every_element_counts():
-    values = matrix()
-    before, bits = whole(values), values.view(torch.int32)
+@DTYPES
+@pytest.mark.parametrize("shape", [(2, 70), (140,)])
+def test_every_bit_of_every_element_counts(dtype, shape):
+    values = matrix(70, dtype).flatten()[:140].view(shape)
+    num_bits = 8 * values.element_size()
+    before, bits = whole(values), values.view(torch.int32 if num_bits == 32 else torch.int16).view(-1)
     for position in range(bits.numel()):
-        bit = torch.tensor(1, dtype=torch.int32) << position % 32
-        bits.view(-1)[position] ^= bit
+        kept = bits[position].clone()
+        bits[position] ^= torch.tensor(1, dtype=bits.dtype) << position % num_bits
         assert whole(values) != before
-        bits.view(-1)[position] ^= bit
+        bits[position] = kept
     assert whole(values) == before
 
 
 def test_what_is_elsewhere_is_something_else():
-    square = matrix()[:6]
-    box = ((0, 6), (0, 6))
-    sums = {
-        checksum(x, box, ((6,), (6,)))
-        for x in (square, square.T, square.flip(0), square.flip(1), square[[1, 0, 2, 3, 4, 5]], -square, square + 1e-7)
-    }
-    assert len(sums) == 7
+    square = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    one_row = square.clone()
+    one_row[3] = square[3].roll(32)
+    swapped = [square[[1, 0, *range(2, 128)]], square.roll(32, 1), one_row, square.flip(0), square.flip(1)]
+    sums = {whole(x) for x in (square, square.T, *swapped, -square, square + 1e-6)}
+    assert len(sums) == 9
+    vector = square[0]
+    assert len({whole(x) for x in (vector, vector[[1, 0, *range(2, 128)]], vector.roll(2), vector.flip(0))}) == 4
 
 
 @pytest.mark.parametrize(("low", "high"), [(low, high) for low in range(12) for high in range(low + 1, 13)])

@@ -188,12 +188,9 @@ def _ratios(timings: dict[str, Timing], paths: dict[str, SyncPath]) -> dict[str,
     for name in (name for name in paths if name.startswith("shm")):
         phases, placement = _measured(paths[name], timings), name.split(", ")[1]
         needed = [copy + of_round["pack"] for copy, of_round in zip(wall["memcpy"], phases)]
-        checks = [of_round["checksum"] + of_round["verify"] + of_round["read_back"] for of_round in phases]
-        unverified = [total - check for total, check in zip(wall[name], checks)]
         rows |= {
             f"{name} / memcpy": ratios(wall[name], wall["memcpy"]),
             f"{name} / (memcpy + pack)": ratios(wall[name], needed),
-            f"{name}, without its checks / (memcpy + pack)": ratios(unverified, needed),
             f"export and reload, {placement} / {name}": ratios(wall[f"export and reload, {placement}"], wall[name]),
         }
     return {name: {"seconds": row} for name, row in rows.items()}
