@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from mcore_rl.types import Prompt
 
 DIGITS = "0123456789"
 RISING, FALLING = "+", "/"
+TRIES = 64  # at a neighbour that an answer breaks
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,35 @@ class DigitConstraints(Task):
     """Write digits that satisfy what the prompt states: prompt `6,+,-37,*5=`, for example with the response `011255`.
 
     Constraints are drawn at random, the real answer to them uniformly where no order is asked for. The rejected prompt
-    of a real answer has one constraint changed or inserted so that the answer breaks it. Prompts belong to the training
-    or the evaluation set by their text. The reward is 1 where everything holds.
+    of a real answer has one constraint replaced by another of its kind, which the answer breaks. Prompts belong to the
+    training or the evaluation set by their text. The reward is 1 where everything holds. Of `params`, `order` and
+    `required` say whether a prompt may ask for these.
     """
 
     name = "digit_constraints"
     reward_default = "task_score"
+    params = ("min_length", "max_length", "min_forbidden", "max_forbidden", "order", "required")
 
-    def __init__(self, tokenizer: Any, seed: int, limit: int | None, min_length: int = 4, max_length: int = 8):
-        if not all(type(n) is int for n in (min_length, max_length)) or not 2 <= min_length <= max_length <= 64:
-            raise ValueError(
-                f"data.params.min_length={min_length!r} and max_length={max_length!r}: must be whole numbers, "
-                "2 <= min_length <= max_length <= 64"
-            )
-        self.tokenizer, self.seed, self.lengths = tokenizer, seed, range(min_length, max_length + 1)
-        longest = Constraints(max_length, RISING, "012", "3").text
+    def __init__(
+        self,
+        tokenizer: Any,
+        seed: int,
+        limit: int | None,
+        min_length: int = 4,
+        max_length: int = 8,
+        min_forbidden: int = 0,
+        max_forbidden: int = 3,
+        order: bool = True,
+        required: bool = True,
+    ):
+        _check_range("length", min_length, max_length, 2, 64)
+        _check_range("forbidden", min_forbidden, max_forbidden, 0, 8)
+        for name, value in (("order", order), ("required", required)):
+            if type(value) is not bool:
+                raise ValueError(f"data.params.{name}={value!r}: must be true or false")
+        self.tokenizer, self.seed = tokenizer, seed
+        self.space = Space(range(min_length, max_length + 1), range(min_forbidden, max_forbidden + 1), order, required)
+        longest = Constraints(max_length, RISING if order else "", DIGITS[:max_forbidden], "9" if required else "").text
         self.max_prompt_tokens = len(longest) + tokenizer.num_special_tokens_to_add()  # at most one token a character
         if limit is not None and self.max_prompt_tokens > limit:
             raise ValueError(
@@ -118,23 +133,60 @@ class DigitConstraints(Task):
 
     def _drawn(self, split: str, index: int) -> tuple[Constraints, str, Constraints]:
         """(constraints, an answer that meets them, constraints that it does not meet) number `index` of a split."""
-        rng = random.Random(f"{self.name}/{self.lengths}/{self.seed}/{split}/{index}")
-        what = f"{self.name} {split} prompt {index}"
-        drawn = (draw_constraints(rng, self.lengths) for _ in range(DRAWS))
-        constraints = first((c for c in drawn if split_of(c.text, one_in=8) == split), what)
-        answer = draw_answer(rng, constraints)
-        changed = (change(rng, constraints, self.lengths) for _ in range(DRAWS))
+        rng = random.Random(f"{self.name}/{self.space}/{self.seed}/{split}/{index}")
         # an evaluation prompt is no rejected one in training; there are too few neighbours to ask for the reverse too
-        allowed = (c for c in changed if split == EVAL or split_of(c.text, one_in=8) == TRAIN)
-        rejected = first((c for c in allowed if c.broken(answer)), what)
-        return constraints, answer, rejected
+        others = {TRAIN} if split == TRAIN else {TRAIN, EVAL}
+
+        def example() -> tuple[Constraints, str, Constraints | None]:
+            constraints = self.space.draw(rng)
+            if split_of(constraints.text, one_in=8) != split:
+                return constraints, "", None
+            answer = draw_answer(rng, constraints)
+            neighbours = self.space.neighbours(rng, constraints)
+            fits = (c for c in neighbours if c.broken(answer) and split_of(c.text, one_in=8) in others)
+            return constraints, answer, next(fits, None)
+
+        drawn = (example() for _ in range(DRAWS))
+        return first((x for x in drawn if x[2]), f"{self.name} {split} prompt {index}")
 
 
-def draw_constraints(rng: random.Random, lengths: range) -> Constraints:
-    """A length, and each of the others or not."""
-    forbidden = "".join(sorted(rng.sample(DIGITS, rng.randint(0, 3))))
-    required = rng.choice([d for d in DIGITS if d not in forbidden]) if rng.random() < 0.5 else ""
-    return Constraints(rng.choice(lengths), rng.choice(["", RISING, FALLING]), forbidden, required)
+@dataclass(frozen=True)
+class Space:
+    """What prompts ask for: lengths, how many digits they forbid, whether they may ask for an order or a digit."""
+
+    lengths: range
+    num_forbidden: range
+    order: bool
+    required: bool
+
+    def draw(self, rng: random.Random) -> Constraints:
+        """A length, and each of the others or not."""
+        forbidden = "".join(sorted(rng.sample(DIGITS, rng.choice(self.num_forbidden))))
+        order = rng.choice(["", RISING, FALLING]) if self.order else ""
+        required = self.required and rng.random() < 0.5
+        digit = rng.choice([d for d in DIGITS if d not in forbidden]) if required else ""
+        return Constraints(rng.choice(self.lengths), order, forbidden, digit)
+
+    def neighbours(self, rng: random.Random, constraints: Constraints) -> Iterator[Constraints]:
+        """Constraints that differ in one, all of a kind chosen at random; some are met by the same answers.
+
+        One is replaced by another of its kind that is as strict, none is inserted: prompts that ask for more would be
+        the rejected ones, and a discriminator would learn that, which says nothing of an answer.
+        """
+        c = constraints
+        unforbidden, unrequired = ([d for d in DIGITS if d not in taken] for taken in (c.forbidden, c.required))
+        kinds: list[Callable[[], Constraints]] = []
+        if len(self.lengths) > 1:
+            kinds.append(lambda: replace(c, length=rng.choice(self.lengths)))
+        if c.order:
+            kinds.append(lambda: replace(c, order=FALLING if c.order == RISING else RISING))
+        if c.forbidden:
+            kinds.append(lambda: replace(c, forbidden="".join(sorted(rng.sample(unrequired, len(c.forbidden))))))
+        if c.required:
+            kinds.append(lambda: replace(c, required=rng.choice(unforbidden)))
+        if kinds:
+            kind = rng.choice(kinds)
+            yield from (kind() for _ in range(TRIES))
 
 
 def draw_answer(rng: random.Random, constraints: Constraints) -> str:
@@ -147,20 +199,9 @@ def draw_answer(rng: random.Random, constraints: Constraints) -> str:
     return "".join(digits)
 
 
-def change(rng: random.Random, constraints: Constraints, lengths: range) -> Constraints:
-    """One constraint changed or inserted; an answer may still meet all of them."""
-
-    def forbidden(c: Constraints) -> Constraints:
-        digits = [d for d in DIGITS if d != c.required]
-        return replace(c, forbidden="".join(sorted(rng.sample(digits, rng.randint(1, 3)))))
-
-    def required(c: Constraints) -> Constraints:
-        return replace(c, required=rng.choice([d for d in DIGITS if d not in c.forbidden]))
-
-    changes: list[Callable[[Constraints], Constraints]] = [
-        lambda c: replace(c, length=rng.choice(lengths)),
-        lambda c: replace(c, order=rng.choice([RISING, FALLING])),
-        forbidden,
-        required,
-    ]
-    return rng.choice(changes)(constraints)
+def _check_range(name: str, least: object, most: object, low: int, high: int) -> None:
+    if not all(type(n) is int for n in (least, most)) or not low <= least <= most <= high:
+        raise ValueError(
+            f"data.params.min_{name}={least!r} and max_{name}={most!r}: must be whole numbers, "
+            f"{low} <= min_{name} <= max_{name} <= {high}"
+        )

@@ -42,9 +42,7 @@ def build_task(data: DataConfig, tokenizer: Any, seed: int, max_model_tokens: in
     if data.task == "digit_sort":
         return DigitSort(tokenizer, seed, limit, **_checked(data.params, {"n", "min_n"}, data.task))
     if data.task == "digit_constraints":
-        return DigitConstraints(
-            tokenizer, seed, limit, **_checked(data.params, {"min_length", "max_length"}, data.task)
-        )
+        return DigitConstraints(tokenizer, seed, limit, **_checked(data.params, DigitConstraints.params, data.task))
     if data.task == "file":
         return FileTask(
             data, tokenizer, seed, limit, **_checked(data.params, {"response_key", "answer_after"}, data.task)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from mcore_rl.config import DataConfig
-from mcore_rl.data.constraints import Constraints, change, draw_answer, draw_constraints
+from mcore_rl.data.constraints import Constraints, Space, draw_answer
 from mcore_rl.data.splits import EVAL, TRAIN, split_of
 from mcore_rl.data.tasks import build_task
 from mcore_rl.rollout.rewards import load_reward
@@ -88,15 +88,37 @@ def parse(text):
     return Constraints(int(length), order, signs.get("-", ""), signs.get("*", ""))
 
 
-def test_drawn_constraints_can_be_met_and_a_change_changes_one(tokenizer):
-    rng, lengths = random.Random(0), range(4, 9)
+def test_drawn_constraints_can_be_met_and_a_neighbour_differs_in_one():
+    rng, space = random.Random(0), Space(range(4, 9), range(0, 4), order=True, required=True)
     for _ in range(300):
-        constraints = draw_constraints(rng, lengths)
+        constraints = space.draw(rng)
         assert parse(constraints.text) == constraints
         assert not constraints.broken(draw_answer(rng, constraints))
-        changed = change(rng, constraints, lengths)
-        assert sum(a != b for a, b in zip(vars(constraints).values(), vars(changed).values())) <= 1
-        assert not set(changed.forbidden) & set(changed.required)
+        for other in space.neighbours(rng, constraints):
+            assert sum(a != b for a, b in zip(vars(constraints).values(), vars(other).values())) <= 1
+            assert not set(other.forbidden) & set(other.required)
+
+
+def test_a_prompt_alone_does_not_tell_that_it_is_rejected(tokenizer):
+    """It asks for an order, a digit, and no more or fewer forbidden digits, exactly where the accepted one does."""
+
+    def asks_for(prompt):
+        c = parse(tokenizer.decode(prompt))
+        return bool(c.order), len(c.forbidden), bool(c.required)
+
+    examples = list(map(task_of(tokenizer).real_example, range(300)))
+    patterns = {asks_for(e.prompt) for e in examples}
+    assert len(patterns) > 12 and all(asks_for(e.prompt) == asks_for(e.rejected[0][0]) for e in examples)
+
+
+def test_parameters_say_what_prompts_ask_for(tokenizer):
+    params = dict(min_length=4, max_length=4, min_forbidden=2, max_forbidden=6, order=False, required=False)
+    task = task_of(tokenizer, **params)
+    asked = [parse(p.text) for p in [*map(task.train_prompt, range(300)), *task.eval_prompts(100)]]
+    assert {len(c.forbidden) for c in asked} == {2, 3, 4, 5, 6}
+    assert {(c.length, c.order, c.required) for c in asked} == {(4, "", "")}
+    assert task.max_prompt_tokens == len("4,-012345=") == max(len(c.text) for c in asked)
+    assert task_of(tokenizer).max_prompt_tokens == len("8,+,-012,*9=")
 
 
 def test_no_evaluation_prompt_is_trained_on_not_even_as_a_rejected_one(tokenizer):
@@ -116,6 +138,9 @@ def test_no_evaluation_prompt_is_trained_on_not_even_as_a_rejected_one(tokenizer
         ({"min_length": 9}, "min_length=9 and max_length=8"),
         ({"max_length": "8"}, "max_length='8'"),
         ({"length": 8}, "data.params.length is unknown"),
+        ({"min_forbidden": 4}, "min_forbidden=4 and max_forbidden=3"),
+        ({"max_forbidden": 9}, "max_forbidden=9.*<= 8"),
+        ({"order": "yes"}, "data.params.order='yes': must be true or false"),
     ],
 )
 def test_bad_parameters(tokenizer, params, words):
