@@ -18,30 +18,9 @@ from mcore_rl.planning.grid import group_grid, spell
 from mcore_rl.planning.memory import GIB, activations, trained_state
 from mcore_rl.planning.parameters import buffer_numel, held_parameters, model_parameters
 from mcore_rl.planning.plan import plan_run
+from tools.bench.weight_plan import QWEN3_30B
 
 # config.json of the published models, what matters for shapes
-QWEN3_30B = dict(
-    architectures=["Qwen3MoeForCausalLM"],
-    model_type="qwen3_moe",
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    norm_topk_prob=True,
-    tie_word_embeddings=False,
-    max_position_embeddings=40960,
-    rope_theta=1000000.0,
-    rms_norm_eps=1e-6,
-    hidden_act="silu",
-)
 QWEN3_235B = QWEN3_30B | dict(
     hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94, num_attention_heads=64
 )
