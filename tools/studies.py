@@ -137,9 +137,9 @@ def collapsed(rows: list[dict]) -> float | None:
     return fallen
 
 
-def models_held(rows: list[dict]) -> float:
-    """Models in the trainer's memory, the policy among them."""
-    return float(sum(key.startswith("memory/") and key.endswith("_parameters") for key in rows[0]))
+def held(rows: list[dict]) -> list[float]:
+    """Parameters of every model in the trainer's memory, the policy among them."""
+    return [n for key, n in rows[0].items() if key.startswith("memory/") and key.endswith("_parameters")]
 
 
 LEARNING = (
@@ -163,8 +163,8 @@ ROUTING = (
 )
 BY_LENGTH = tuple(Column(f"{n} digits", last(f"accuracy_{n}")) for n in LENGTHS)
 COST = (
-    Column("models", models_held, "{:.0f}", "mean"),
-    Column("parameters, 1e6", mean("memory/policy_parameters"), "{:.2f}", "mean"),
+    Column("models", lambda rows: float(len(held(rows))), "{:.0f}", "mean"),
+    Column("their parameters, 1e6", lambda rows: sum(held(rows)) / 1e6, "{:.2f}", "mean"),
     Column("peak GB of the trainer", last("memory/trainer_peak_gb"), "{:.2f}", "mean"),
     Column("collect, s", median("time/collect_s"), "{:.2f}", "mean"),
     Column("score, s", median("time/score_s"), "{:.2f}", "mean"),

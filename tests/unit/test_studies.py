@@ -14,9 +14,9 @@ from tools.studies import (
     WARM_STARTS,
     Column,
     collapsed,
+    held,
     mean,
     median,
-    models_held,
     table,
 )
 
@@ -41,7 +41,7 @@ def test_a_cell_is_of_one_run_or_of_all():
     assert Column("clipped", mean("policy/clip_frac"), "{:.2f}", "mean").cell([ROWS]) == "0.03"
     assert Column("update", median("time/update_s"), "{:.1f}", "mean").cell([ROWS]) == "2.0", "of 1, 2, 9"
     assert Column("never logged", mean("policy/gate_mean")).cell([ROWS]) == "-"
-    assert models_held(ROWS) == 2
+    assert held(ROWS) == [8e5, 8e5]
 
 
 def test_collapsed_is_a_reward_that_does_not_come_back():
@@ -61,7 +61,7 @@ def test_a_table_has_the_finished_runs_only(tmp_path):
     lines = table(tmp_path, ["grpo", "sapo"], [0, 1, 2], LEARNING).splitlines()
     assert len(lines) == 3 and lines[1].count("|") == lines[0].count("|") == len(LEARNING) + 3
     assert lines[2] == "| grpo | 0 1 | 0.25 0.25 | 0.75 0.75 | - | - | 0.500 | 0.125 | 0.125 | 3.00% | - | - | - |"
-    assert "| 2 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
+    assert "| 2 | 1.60 | " in table(tmp_path, ["grpo"], [0], COST).splitlines()[2]
 
     (tmp_path / "seed0" / "grpo" / "accuracy_20.json").write_text('{"eval/accuracy": 0.5}')
     assert table(tmp_path, ["grpo"], [0, 1], BY_LENGTH).splitlines()[2] == "| grpo | 0 1 | - | - | 0.50 - |"
