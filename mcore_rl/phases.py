@@ -191,13 +191,11 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
 
 
 def updates_exporter(run: Run, step: int) -> Callable[[int], object] | None:
-    """What leaves the policy as updates/step_N/K in the run's folder after optimizer step K of a training step, both
-    counted from 1, where `moe.export_every` asks for it."""
+    """Of `moe.export_every`: leaves the policy as updates/step_N/K after optimizer step K of training step N, from 1."""
     config, every = run.plan.config, run.plan.config.moe.export_every
     if every == 0 or (step + 1) % every:
         return None
-    folder = config.run_dir / "updates" / f"step_{step + 1:06d}"
-    return lambda k: export_hf(run.exporter, folder / str(k), config.model.path)
+    return lambda k: export_hf(run.exporter, config.run_dir / f"updates/step_{step + 1:06d}/{k}", config.model.path)
 
 
 def adapt_kl(run: Run, metrics: Metrics, num_samples: int) -> Run:

@@ -77,7 +77,7 @@ def who_changes_when(folder: Path) -> list[tuple[str, str]]:
     def spied(original, name):
         def call(run, *args):
             weights = [p.detach().numpy().tobytes() for c in run.discriminator.chunks for p in c.parameters()]
-            what = args[-1] if name == "update" else name
+            what = args[4] if name == "update" else name  # of the model
             events.append((what, hashlib.sha256(b"".join(weights)).hexdigest()))
             return original(run, *args)
 
