@@ -191,7 +191,7 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
 
 
 def updates_exporter(run: Run, step: int) -> Callable[[int], object] | None:
-    """Of `moe.export_every`: leaves the policy as updates/step_N/K after optimizer step K of training step N, from 1."""
+    """Of `moe.export_every`: leaves the policy as updates/step_N/K after optimizer step K of training step N."""
     config, every = run.plan.config, run.plan.config.moe.export_every
     if every == 0 or (step + 1) % every:
         return None
