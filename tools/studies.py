@@ -199,7 +199,7 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     if arm.config == "dpo.yaml":
         changes += tuple(f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval"))
         make_pairs(home, seed)
-    if arm.config != "dpo.yaml":
+    else:
         changes += (f"steps={STEPS}",)
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The evidence of docs/moe_stability.md: for three seeds a warm start, 30 steps of GRPO (OLD) and one more (NEW), and the
 # same of a model without experts as a control; then what moe-stability says of each pair, and one report of all.
-# About an hour and a half on two cores.
+# More than an hour on two cores. The control and the updates one by one are not in that page yet.
 # RUNS=/some/folder examples/demo/stability.sh     runs it somewhere else
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -6,6 +6,8 @@ weight, a log-prob or a reward would show in the second step's samples and numbe
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from runs import Started, numbers, rows, tiny
@@ -47,8 +49,7 @@ def finished(tmp_path_factory, model, classifier):  # noqa: F811
         key = (name, *layout.items(), ranks)
         if key not in done:
             folder = tmp_path_factory.mktemp(name)
-            sections = {section: dict(fields) if isinstance(fields, dict) else fields
-                        for section, fields in RUNS[name].items()}  # fmt: skip
+            sections = deepcopy(RUNS[name])
             for section in sections.keys() & {"reward_model", "discriminator"}:
                 sections[section]["path"] = str(classifier)
             optimizer = {"lr": 1e-3, "eps": 1e-4}
