@@ -29,6 +29,12 @@ BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
 LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mixed lengths is asked afterwards
 
+CONSTRAINTS = (  # GAPO's task and batches, for the others: there the rule checker is the reward
+    "data.task=digit_constraints",
+    "data.params={min_length:4,max_length:4,min_forbidden:2,max_forbidden:6,order:false,required:false}",
+    "rollout.max_response_tokens=6",
+)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -61,12 +67,20 @@ ARMS: dict[str, Arm] = {
         f"mixed_{aggregation}": Arm("grpo.yaml", (f"algorithm.aggregation={aggregation}", *MIXED), "sft_mixed")
         for aggregation in ("sequence_mean", "token_mean")
     },
+    **{
+        f"constraints_{name}": Arm(f"{name}.yaml", (*CONSTRAINTS, "steps=20", "batch.mini_batches=4"), "gapo_sft")
+        for name in ("ppo", "grpo", "dapo", "gspo", "sapo")
+    },
+    "constraints_dpo": Arm("dpo.yaml", ("rollout.max_response_tokens=6",), "gapo_sft"),
+    "constraints_gapo": Arm("gapo.yaml", (), "gapo_sft"),
 }
-WARM_STARTS = {  # size of the demo's model, and what is changed in its SFT
-    "sft": ("0.9m", ()),
-    "sft_mixed": ("0.9m", MIXED),
-    "sft_dense": ("dense", ()),
+WARM_STARTS = {  # size of the demo's model, the configuration of its SFT and what is changed in it
+    "sft": ("0.9m", "sft.yaml", ()),
+    "sft_mixed": ("0.9m", "sft.yaml", MIXED),
+    "sft_dense": ("dense", "sft.yaml", ()),
+    "gapo_sft": ("0.9m", "gapo_sft.yaml", ()),
 }
+PAIRS = {"sft": (), "gapo_sft": CONSTRAINTS}  # what is changed in the run that pairs are drawn for, by warm start
 
 STUDIES: dict[str, tuple[str, ...]] = {
     "algorithms": ("ppo", "dpo", "grpo", "dapo", "gspo", "sapo", "cispo"),
@@ -74,6 +88,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "group_size": ("grpo_g2", "grpo_g4", "grpo", "grpo_g16"),
     "learning_rate": tuple(name for name in ARMS if "_lr" in name),
     "token_loss": ("mixed_sequence_mean", "mixed_token_mean"),
+    "constraints": tuple(f"constraints_{name}" for name in ("ppo", "dpo", "grpo", "gapo", "dapo", "gspo", "sapo")),
 }
 
 
@@ -161,6 +176,20 @@ ROUTING = (
     Column("last", last("moe/chi"), "{:.2f}"),
     Column("flipped tokens, last", last("moe/flip_any"), "{:.2f}", "mean"),
 )
+DISCRIMINATOR = (
+    *(
+        Column(f"{kind}, {when}", of(f"discriminator/{name}"))
+        for kind, name in (
+            ("right on real", "real_accuracy"),
+            ("on rejected", "rejected_accuracy"),
+            ("on generated", "fake_accuracy"),
+            ("AUC for the audit", "audit_auc"),
+            ("AUC of length alone", "length_auc"),
+        )
+        for when, of in (("first", first), ("last", last))
+    ),
+    Column("KL to the reference, last", last("policy/kl_ref")),
+)
 BY_LENGTH = tuple(Column(f"{n} digits", last(f"accuracy_{n}")) for n in LENGTHS)
 COST = (
     Column("models", lambda rows: float(len(held(rows))), "{:.0f}", "mean"),
@@ -169,6 +198,7 @@ COST = (
     Column("collect, s", median("time/collect_s"), "{:.2f}", "mean"),
     Column("score, s", median("time/score_s"), "{:.2f}", "mean"),
     Column("update, s", median("time/update_s"), "{:.2f}", "mean"),
+    Column("discriminator, s", median("time/discriminator_s"), "{:.2f}", "mean"),
     Column("sync, s", median("time/sync_s"), "{:.3f}", "mean"),
 )
 
@@ -187,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm in arms:
                 run_arm(args.folder, seed, arm)
     else:
-        learning = LEARNING + {"token_loss": BY_LENGTH, "learning_rate": ROUTING}.get(args.study, ())
+        more = {"token_loss": BY_LENGTH, "learning_rate": ROUTING, "constraints": DISCRIMINATOR}
+        learning = LEARNING + more.get(args.study, ())
         print(table(args.folder, arms, args.seeds, COST if args.verb == "cost" else learning))
 
 
@@ -195,12 +226,13 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     """Train one arm with one seed, after the warm start it needs; what is finished is left alone."""
     home, arm = folder / f"seed{seed}", ARMS[name]
     warm_start(home, seed, arm.warm_start)
-    changes = arm.changes
     if arm.config == "dpo.yaml":
-        changes += tuple(f"data.{split}_file={home}/pairs/{split}.jsonl" for split in ("train", "eval"))
-        make_pairs(home, seed)
+        pairs = make_pairs(home, seed, arm.warm_start)
+        changes = (*arm.changes, *(f"data.{split}_file={pairs}/{split}.jsonl" for split in ("train", "eval")))
+    elif arm.config == "gapo.yaml":
+        changes = arm.changes
     else:
-        changes += (f"steps={STEPS}",)
+        changes = (f"steps={STEPS}", *arm.changes)
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":
         for length in LENGTHS:
@@ -208,11 +240,11 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
 
 
 def warm_start(home: Path, seed: int, name: str) -> None:
-    size, changes = WARM_STARTS[name]
+    size, config, changes = WARM_STARTS[name]
     model = home / f"model_{size}"
     if not (model / "config.json").exists():
         call(sys.executable, "-m", "tools.make_demo_model", str(model), "--seed", str(seed), "--size", size)
-    train(home, name, seed, "sft.yaml", f"model.path={model}", *changes)
+    train(home, name, seed, config, f"model.path={model}", *changes)
 
 
 def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:
@@ -226,11 +258,14 @@ def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:
         path.write_text(call(beside_python("mcore-rl"), *command))
 
 
-def make_pairs(home: Path, seed: int) -> None:
-    if not (home / "pairs" / "eval.jsonl").exists():  # written last
-        overrides = (f"seed={seed}", f"model.path={home}/sft/hf", "parallel.ep=1")
-        command = ("pairs", str(DEMO / "grpo.yaml"), *overrides, "--out", str(home / "pairs"), "--prompts", "1024")
+def make_pairs(home: Path, seed: int, start: str) -> Path:
+    """The folder of a warm start's pairs, made of its own scored answers."""
+    folder = home / f"pairs_{start}"
+    if not (folder / "eval.jsonl").exists():  # written last
+        overrides = (f"seed={seed}", f"model.path={home}/{start}/hf", "parallel.ep=1", *PAIRS[start])
+        command = ("pairs", str(DEMO / "grpo.yaml"), *overrides, "--out", str(folder), "--prompts", "1024")
         call(beside_python("mcore-rl"), *command)
+    return folder
 
 
 def train(home: Path, name: str, seed: int, config: str, *overrides: str) -> None:
