@@ -31,7 +31,9 @@ LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mi
 
 CONSTRAINTS = (  # GAPO's task and batches, for the others: there the rule checker is the reward
     "data.task=digit_constraints",
-    "data.params={min_length:4,max_length:4,min_forbidden:2,max_forbidden:6,order:false,required:false}",
+    *(f"data.params.{x}" for x in ("min_length=4", "max_length=4", "min_forbidden=2", "max_forbidden=6")),
+    "data.params.order=false",
+    "data.params.required=false",
     "rollout.max_response_tokens=6",
 )
 
