@@ -188,8 +188,9 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="HF folder; default: the final policy of CONFIG's run")] = None,
 ) -> None:
     """Score a HF folder on CONFIG's held-out prompts; one JSON object."""
+    from mcore_rl.evaluating import evaluation_sampling
     from mcore_rl.rollout.collect import evaluate as evaluate_policy
-    from mcore_rl.run import evaluation_sampling, open_plan_engine
+    from mcore_rl.run import open_plan_engine
 
     asked = load_config(config, overrides or ())
     path = str(model or asked.run_dir / "hf")

@@ -156,6 +156,7 @@ class DataConfig(Section):
 class EvaluateConfig(Section):
     every: int = Field(10, ge=0)  # training steps; 0: only at the start and the end
     prompts: int = Field(256, ge=1)  # held-out prompts
+    sample: bool = True  # answer them; without, SFT and DPO need no rollout engine
     temperature: float = Field(1.0, ge=0)
     stop_at_accuracy: float | None = Field(None, ge=0, le=1)  # end the run once eval/accuracy reaches it
 

@@ -43,6 +43,9 @@ def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     if config.reward_model.path is not None and not rl:
         message = f"{type(algorithm).__name__} trains on given responses and asks for no reward; drop it"
         found.append(Finding("error", "reward_model.path", message))
+    if config.evaluate.stop_at_accuracy is not None and not config.evaluate.sample:
+        message = "nobody samples the answers whose accuracy it waits for; set evaluate.sample=true, or drop it"
+        found.append(Finding("error", "evaluate.stop_at_accuracy", message))
     if rl and config.model.moe_aux_loss_coef > 0:
         message = "the load-balancing loss pulls the router away from what is rewarded; 0 is usual in RL"
         found.append(Finding("warning", "model.moe_aux_loss_coef", message))

@@ -17,10 +17,9 @@ from mcore_rl.model.checkpoint import Progress
 from mcore_rl.model.forward import Model, forward_backward, forward_only
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import max_over_ranks, on_rank_0, sum_over_ranks
-from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutError
 from mcore_rl.routing import router_weighted, score_policy, with_rollout_routes
-from mcore_rl.run import Run, evaluation_sampling
+from mcore_rl.run import Run
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, SamplingParams
 from mcore_rl.weights.sync import export_hf
 
@@ -30,7 +29,7 @@ MiniBatches = list[list[PackedBatch]]
 
 def rest_engine(run: Run) -> None:
     """Leave the engine's GPU memory to the trainer until weights are sent, where the configuration asks for that."""
-    if run.plan.config.rollout.sleep:
+    if run.plan.samples and run.plan.config.rollout.sleep:
         on_rank_0(run.groups, lambda: run.engine.sleep())  # every rank waits: the engine may be on its GPU too
 
 
@@ -257,6 +256,8 @@ def sync_weights(run: Run, version: int) -> Metrics:
             differ by more than `weight_sync.max_logprob_diff` on both probes. On every rank.
     """
     config = run.plan.config
+    if run.transfer is None:
+        return {}
     start = time.perf_counter()
     if config.rollout.sleep and torch.cuda.is_available():
         torch.cuda.empty_cache()  # the engine wakes up, and finds what this process only keeps in reserve taken
@@ -296,28 +297,6 @@ def probe_difference(run: Run, number: int) -> float:
     scored = forward_only(replace(run.policy, temperature=config.rollout.temperature), batches)
     diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask] for b, o in zip(batches, scored)]
     return max_over_ranks(run.groups, largest(diffs))
-
-
-def evaluate(run: Run) -> Metrics:
-    """Accuracy on held-out prompts, with one response each; of held-out pairs, the share the policy ranks right."""
-    config, plan = run.plan.config, run.plan
-    params = evaluation_sampling(config)
-
-    def on_engine() -> Metrics:
-        return evaluate_policy(
-            run.engine, plan.task, plan.reward, params, num_prompts=config.evaluate.prompts, seed=config.seed
-        )
-
-    metrics = on_rank_0(run.groups, on_engine)
-    if "pairs" in plan.algorithm.needs:
-        samples = [s for pair in plan.task.eval_pairs(config.evaluate.prompts) for s in pair_samples(pair)]
-        ((batches,), _) = score_old(run, pack_parts(run, [samples], plan.algorithm.unit))
-        sums: Metrics = {}
-        for batch, out in zip(batches, forward_only(run.policy, batches)):
-            add(sums, plan.algorithm.loss(batch, out).metrics)
-        means = metric_means(sum_over_ranks(run.groups, sums, contributes=reports(run)))
-        metrics |= {f"eval/{name.replace('/', '_')}": x for name, x in means.items() if name.startswith("pairs/")}
-    return metrics
 
 
 def reports(run: Run) -> bool:

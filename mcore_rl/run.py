@@ -57,10 +57,16 @@ class Plan:
     task: Task
     reward: Reward
 
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples anything: only then it has an engine."""
+        return self.algorithm.needs_rollouts or self.config.evaluate.sample
+
 
 @dataclass(frozen=True)
 class Run:
-    """A running configuration on this rank. `engine`, `rollouts` and `log` exist on rank 0 only."""
+    """A running configuration on this rank. `engine`, `rollouts` and `log` exist on rank 0 only; without sampling
+    there are no `engine` and no `transfer`."""
 
     plan: Plan
     groups: Groups
@@ -74,7 +80,7 @@ class Run:
     exporter: WeightExporter
     engine: RolloutEngine | None
     rollouts: RolloutsAhead | None
-    transfer: WeightTransfer
+    transfer: WeightTransfer | None
     log: RunLog | None
     start: Progress
 
@@ -198,11 +204,13 @@ def open_run(plan: Plan) -> Iterator[Run]:
         if start.kl_coef is not None:
             plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
         exporter = WeightExporter(chunks, plan.hf_config, groups)
-        engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
-        if engine is not None:
-            stack.callback(engine.close)
-        transfer = connect(engine, exporter, config.weight_sync, groups)
-        stack.callback(transfer.close)
+        engine = transfer = None
+        if plan.samples:
+            engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
+            if engine is not None:
+                stack.callback(engine.close)
+            transfer = connect(engine, exporter, config.weight_sync, groups)
+            stack.callback(transfer.close)
         log = on_rank_0_only(groups, lambda: _open_log(plan, start))
         if log is not None:
             stack.callback(log.close)
@@ -267,11 +275,6 @@ def rollout_sampling(config: RunConfig) -> SamplingParams:
         stop_token_ids=tuple(rollout.stop_token_ids),
         stop=tuple(rollout.stop),
     )
-
-
-def evaluation_sampling(config: RunConfig) -> SamplingParams:
-    """How held-out prompts are answered: once, at the evaluation temperature."""
-    return replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
 
 
 def precomputes_reference(plan: Plan) -> bool:

@@ -1,6 +1,7 @@
 """The training loop. torchrun --nproc-per-node N -m mcore_rl.train CONFIG key.sub=value ...
 
-One step: collect (`collecting`) -> pack -> score -> update -> sync -> evaluate (`phases`) -> log -> checkpoint.
+One step: collect (`collecting`) -> pack -> score -> update -> sync (`phases`) -> evaluate (`evaluating`)
+-> log -> checkpoint.
 GAPO's discriminator learns in between (`discriminating`).
 All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated. With
 `rollout.max_staleness` it generates the batches of coming steps meanwhile.
@@ -14,6 +15,7 @@ from pathlib import Path
 from mcore_rl.collecting import collect_rollouts, finish_rollouts, start_rollouts, with_rollouts
 from mcore_rl.config import RunConfig, load_config
 from mcore_rl.discriminating import update_discriminator, warm_up_discriminator
+from mcore_rl.evaluating import evaluate
 from mcore_rl.launch import exit_code, tell
 from mcore_rl.memory import held_parameters, peak_gb
 from mcore_rl.metrics import Timers, progress_display
@@ -21,7 +23,6 @@ from mcore_rl.model.checkpoint_writer import CheckpointWriter
 from mcore_rl.phases import (
     Metrics,
     adapt_kl,
-    evaluate,
     pack,
     read_examples,
     rest_engine,

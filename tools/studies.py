@@ -73,7 +73,9 @@ ARMS: dict[str, Arm] = {
         f"constraints_{name}": Arm(f"{name}.yaml", (*CONSTRAINTS, "steps=20", "batch.mini_batches=4"), "gapo_sft")
         for name in ("ppo", "grpo", "dapo", "gspo", "sapo")
     },
-    "constraints_dpo": Arm("dpo.yaml", ("rollout.max_response_tokens=6",), "gapo_sft"),
+    "constraints_dpo": Arm(
+        "dpo.yaml", ("evaluate.sample=false",), "gapo_sft"
+    ),  # its pairs have no answer to compare with
     "constraints_gapo": Arm("gapo.yaml", (), "gapo_sft"),
 }
 WARM_STARTS = {  # size of the demo's model, the configuration of its SFT and what is changed in it
@@ -237,8 +239,20 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
         changes = (f"steps={STEPS}", *arm.changes)
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":
-        for length in LENGTHS:
-            accuracy_at(home, name, arm, length)
+        for n in LENGTHS:
+            ask(
+                home,
+                seed,
+                name,
+                str(n),
+                f"{home}/{name}/hf",
+                *arm.changes,
+                f"data.params.n={n}",
+                f"data.params.min_n={n}",
+            )
+    if name == "constraints_dpo":
+        for when, trained in (("before", arm.warm_start), ("after", name)):
+            ask(home, seed, name, when, f"{home}/{trained}/hf", *CONSTRAINTS)
 
 
 def warm_start(home: Path, seed: int, name: str) -> None:
@@ -249,14 +263,12 @@ def warm_start(home: Path, seed: int, name: str) -> None:
     train(home, name, seed, config, f"model.path={model}", *changes)
 
 
-def accuracy_at(home: Path, name: str, arm: Arm, length: int) -> None:
-    """Ask a trained policy held-out prompts of one length; accuracy_N.json beside its metrics."""
-    path = home / name / f"accuracy_{length}.json"
+def ask(home: Path, seed: int, name: str, what: str, policy: str, *changes: str) -> None:
+    """Ask a policy the held-out prompts of the demo's GRPO with `changes`; accuracy_WHAT.json beside a run's metrics."""
+    path = home / name / f"accuracy_{what}.json"
     if not path.exists():
-        one_length = (f"data.params.n={length}", f"data.params.min_n={length}", "parallel.ep=1")
-        policy = f"{home}/{name}/hf"
-        changes = (*arm.changes, f"model.path={policy}", *one_length)
-        command = ("evaluate", str(DEMO / arm.config), *changes, "--model", policy)
+        overrides = (f"seed={seed}", f"model.path={policy}", "parallel.ep=1", *changes)
+        command = ("evaluate", str(DEMO / "grpo.yaml"), *overrides, "--model", policy)
         path.write_text(call(beside_python("mcore-rl"), *command))
 
 
@@ -305,10 +317,12 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
 
 
 def rows_of(run_dir: Path) -> list[dict]:
-    """Metrics of a run, in its last row the accuracies that were asked for afterwards."""
+    """Metrics of a run, and the accuracies that were asked for afterwards: in the last row, that before it in the first."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     for path in run_dir.glob("accuracy_*.json"):
-        rows[-1][path.stem] = json.loads(path.read_text())["eval/accuracy"]
+        accuracy = json.loads(path.read_text())["eval/accuracy"]
+        key = "eval/accuracy" if path.stem in ("accuracy_before", "accuracy_after") else path.stem
+        rows[0 if path.stem == "accuracy_before" else -1][key] = accuracy
     return rows
 
 

@@ -105,7 +105,7 @@ class Estimate:
     models: Models
     schedule: Schedule
     places: tuple[Place, ...]
-    engine: Engine
+    engine: Engine | None  # a run that samples nothing has none
     host_bytes: Mapping[str, int]  # of the first node's main memory
     prompt_tokens: int
 
@@ -118,7 +118,7 @@ class Estimate:
             for place in self.places
             if self.peak_bytes(place) > limit
         ]
-        if self.engine.sequences < 1:
+        if self.engine is not None and self.engine.sequences < 1:
             found.append(
                 f"the engine's weights, {self.engine.weights / GIB:.1f} GB a GPU, leave no room for one sequence of "
                 f"{self.engine.max_model_len} tokens in rollout.gpu_memory_utilization="
@@ -130,7 +130,8 @@ class Estimate:
     def excess_bytes(self) -> float:
         """What the fullest trainer GPU and the engine lack together; 0 where everything fits."""
         lacks = max(self.peak_bytes(place) for place in self.places) - self.hardware.gpu_bytes
-        short = self.engine.token_bytes * self.engine.max_model_len - self.engine.kv_cache
+        engine = self.engine
+        short = 0 if engine is None else engine.token_bytes * engine.max_model_len - engine.kv_cache
         return max(0, lacks) + max(0, short)
 
     def peak_bytes(self, place: Place) -> int:
@@ -152,19 +153,21 @@ def estimate(
     prompt_tokens = max(1, min(config.data.max_prompt_tokens or ASSUMED_PROMPT_TOKENS, room))
     length = prompt_tokens + config.rollout.max_response_tokens
     schedule = _schedule(config, layout, models.algorithm, length)
-    engine = _engine(config, models, length, hardware, placement)
+    samples = models.algorithm.needs_rollouts or config.evaluate.sample
+    engine = _engine(config, models, length, hardware, placement) if samples else None
     places = []
     for stage in range(layout.pp):
         parameters, uses = _trainer(config, layout, models, stage, schedule)
         ranks = range(stage * layout.stage_size, (stage + 1) * layout.stage_size)
         # The engine's child takes the first GPUs; rank 0 has the buffers of the transfer wherever the engine is.
-        hosts = min(max(engine.gpus, TRANSFER_BUFFERS[backend] > 0), len(ranks)) if stage == 0 else 0
+        first = engine is not None and stage == 0
+        hosts = min(max(engine.gpus, TRANSFER_BUFFERS[backend] > 0), len(ranks)) if first else 0
         if hosts:
             beside = tuple(_beside_the_engine(engine, backend))
             places.append(Place(_name(layout, ranks[:hosts]), ranks[:hosts], parameters, uses + beside))
         if ranks[hosts:]:
             places.append(Place(_name(layout, ranks[hosts:]), ranks[hosts:], parameters, uses))
-    host = dict(_host(config, models, engine, backend, length))
+    host = dict(_host(config, models, engine, backend, length)) if engine is not None else {}
     return Estimate(config, layout, hardware, models, schedule, tuple(places), engine, host, prompt_tokens)
 
 

@@ -51,7 +51,7 @@ def as_json(planned: Estimate, changes: Sequence[Change]) -> dict[str, Any]:
             }
             for place in planned.places
         ],
-        "engine": vars(planned.engine) | {"sequences": planned.engine.sequences},
+        "engine": planned.engine and vars(planned.engine) | {"sequences": planned.engine.sequences},
         "host_bytes": dict(planned.host_bytes),
         "prompt_tokens": planned.prompt_tokens,
     }
@@ -133,6 +133,8 @@ def _role(place: Place, role: str) -> tuple[str, ...]:
 
 def _engine(planned: Estimate) -> str:
     engine = planned.engine
+    if engine is None:
+        return "engine: none, nothing is sampled"
     where = f"{engine.placement}, on GPUs of its own" if not engine.gpus else f"{engine.placement}, beside rank 0"
     return (
         f"engine ({where}): {_gb(engine.weights)} GB of weights and {_gb(engine.kv_cache)} GB of KV cache a GPU, for "

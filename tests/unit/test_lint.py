@@ -20,6 +20,7 @@ BF16 = {"path": "m", "dtype": "bfloat16"}
 GSPO, GRPO, PPO, GAPO, SFT = ({"name": name} for name in ("gspo", "grpo", "ppo", "gapo", "sft"))
 REWARD_MODEL = {"reward_model": {"path": "r"}}
 ALONE, ALL_WARMUP = {"rollout": {"group_size": 1}}, {"critic": {"warmup_steps": 100}}
+WAITS, UNASKED = {"evaluate": {"stop_at_accuracy": 0.2}}, {"evaluate": {"stop_at_accuracy": 0.2, "sample": False}}
 AUX = {"model": {"path": "m", "moe_aux_loss_coef": 0.01}}
 ONE_STEP, R2 = {"batch": {"mini_batches": 1}}, {"moe": {"routing_replay": "old"}}
 BF16_ENGINE = {"rollout": {"dtype": "bfloat16"}} | QUIET
@@ -42,6 +43,7 @@ FOUR_OFF, FOUR_OFF_PARTIAL = {"rollout": {"max_staleness": 4}}, {"rollout": {"ma
         ("error", "reward_model.path", (SFT, REWARD_MODEL), (GRPO, REWARD_MODEL)),
         ("error", "rollout.group_size", (GAPO | {"baseline": "group"}, ALONE), (GAPO, ALONE)),
         ("error", "critic.warmup_steps", (PPO, ALL_WARMUP), (GRPO, ALL_WARMUP)),
+        ("error", "evaluate.stop_at_accuracy", (SFT, UNASKED), (SFT, WAITS)),
         ("warning", "model.moe_aux_loss_coef", (GRPO, AUX), (SFT, AUX)),
         (
             "warning",

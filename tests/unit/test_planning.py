@@ -18,6 +18,7 @@ from mcore_rl.planning.grid import group_grid, spell
 from mcore_rl.planning.memory import GIB, activations, trained_state
 from mcore_rl.planning.parameters import buffer_numel, held_parameters, model_parameters
 from mcore_rl.planning.plan import plan_run
+from mcore_rl.planning.report import as_json, show
 from tools.bench.weight_plan import QWEN3_30B
 
 # config.json of the published models, what matters for shapes
@@ -182,6 +183,17 @@ def test_the_engine_lies_on_the_first_gpus(folder):
     assert [(p.ranks[0], p.ranks[-1]) for p in served.places] == [(0, 0), (1, 15), (16, 31)]
     first, second, _ = served.places
     assert served.peak_bytes(first) - served.peak_bytes(second) == 2 * GIB  # vLLM's two buffers of the nccl transfer
+
+
+def test_a_run_that_samples_nothing_has_no_engine(folder, capsys):
+    preferences = {"name": "dpo", "kl_coef": 0}
+    dpo, _ = planned(folder, algorithm=preferences)
+    estimate, changes = planned(folder, algorithm=preferences, evaluate={"sample": False})
+    assert dpo.engine is not None and estimate.engine is None and not estimate.problems and estimate.excess_bytes == 0
+    assert [p.ranks[0] for p in estimate.places] == [0, 16] and not estimate.host_bytes
+    assert not [use for place in estimate.places for use in place.uses if use.role == "engine"]
+    show(estimate, changes)
+    assert "engine: none" in capsys.readouterr().out and as_json(estimate, changes)["engine"] is None
 
 
 def test_an_fp32_head_is_copied_where_the_model_is_bf16(folder):

@@ -58,6 +58,18 @@ SIZES = {
         num_experts_per_tok=4,
         moe_intermediate_size=384,
     ),
+    # Two of the 48 layers of Qwen3-30B-A3B, for a GPU: 1.8B parameters, a third of them embedding and output matrix.
+    "30B-A3B-2-layers": dict(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
 }
 # transformers' implementations worth trying on a CPU; batched_mm copies the experts' weights for every token.
 EXPERTS = ("grouped_mm", "eager")
@@ -88,10 +100,10 @@ def model_folder(model: str, seed: int) -> Iterator[Path]:
         yield folder
 
 
-def load_hf_model(folder: Path, experts: str) -> PreTrainedModel:
-    """The transformers model in fp32 with sdpa attention and one of transformers' experts implementations."""
+def load_hf_model(folder: Path, experts: str, dtype: str = "float32") -> PreTrainedModel:
+    """The transformers model with sdpa attention and one of transformers' experts implementations."""
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa", experts_implementation=experts
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", experts_implementation=experts
     )
 
 
@@ -113,7 +125,8 @@ def _write_random(folder: Path, seed: int, size: dict[str, int]) -> None:
         bos_token_id=None,
     )
     torch.manual_seed(seed)
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        Qwen3MoeForCausalLM(config).save_pretrained(folder)
 
 
 def _link(source: Path, folder: Path) -> None:

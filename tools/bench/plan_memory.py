@@ -97,6 +97,7 @@ def measure(folder: Path, groups: Groups, dtype: str, recompute: str, lengths: I
     samples = _samples(lengths, hf_config.vocab_size)
     positions = sum(sample.positions for sample in samples)
     batches = pack_mini_batch(samples, GRPO(), rank=0, num_ranks=1, budget=positions, max_response=positions)
+    batches = [batch.to(groups.device) for batch in batches]
     training.zero_grad()
     with PeakMemory() as memory:
         forward_backward(policy, batches, GRPO().loss)
@@ -104,7 +105,16 @@ def measure(folder: Path, groups: Groups, dtype: str, recompute: str, lengths: I
     state = trained_state(hf_config, groups.layout, 0, model, optimizer, parallel)
     found = {what: [getattr(state, what), size] for what, size in measured_state(training).items()}
     shape = transformer_config(hf_config, model, groups.layout)
-    of = activations(shape, groups.layout, 0, model, positions, CHUNK_TOKENS, hf_config.vocab_size, fused_norms=False)
+    of = activations(
+        shape,
+        groups.layout,
+        0,
+        model,
+        positions,
+        CHUNK_TOKENS,
+        hf_config.vocab_size,
+        fused_norms=torch.cuda.is_available(),
+    )
     return found | {"activations": [of.kept + max(of.working, of.logits), memory.peak]}
 
 

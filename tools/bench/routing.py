@@ -45,9 +45,8 @@ def measure(
         training = build_training(chunks, OPTIMIZER, ParallelConfig(), total_steps=1)
         plain = Policy(training.chunks, groups, vocab_size=hf_config.vocab_size)
         samples = random_samples(num_sequences, prompt_tokens, response_tokens, hf_config.vocab_size, seed)
-        packed = pack_mini_batch(
-            samples, ALGORITHM, rank=0, num_ranks=1, budget=MICRO_BATCH_TOKENS, max_response=response_tokens
-        )
+        shape = dict(rank=0, num_ranks=1, budget=MICRO_BATCH_TOKENS, max_response=response_tokens)
+        packed = [b.to(groups.device) for b in pack_mini_batch(samples, ALGORITHM, **shape)]
 
         def gradients(policy: Policy, mode: str) -> list[PackedBatch]:
             batches, outputs = score_policy(policy, batches_of_engine, mode)
