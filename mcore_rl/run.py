@@ -55,12 +55,12 @@ class Plan:
     tokenizer: Any
     algorithm: Algorithm
     task: Task
-    reward: Reward
+    reward: Reward | None
 
     @property
     def samples(self) -> bool:
-        """Whether the run samples anything: only then it has an engine."""
-        return self.algorithm.needs_rollouts or self.config.evaluate.sample
+        """Whether the run samples anything: only then it has an engine and a reward."""
+        return self.reward is not None
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def make_plan(config: RunConfig, world: int) -> Plan:
             "Adam only; set optimizer.name=adam or parallel.distributed_optimizer=false"
         )
     resolve(config.rollout, config.weight_sync, world)
-    return Plan(config, layout, hf_config, tokenizer, algorithm, task, load_reward(config.reward, task))
+    reward = load_reward(config.reward, task) if algorithm.needs_rollouts or config.evaluate.sample else None
+    return Plan(config, layout, hf_config, tokenizer, algorithm, task, reward)
 
 
 def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedConfig, task: Task) -> None:

@@ -240,16 +240,8 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":
         for n in LENGTHS:
-            ask(
-                home,
-                seed,
-                name,
-                str(n),
-                f"{home}/{name}/hf",
-                *arm.changes,
-                f"data.params.n={n}",
-                f"data.params.min_n={n}",
-            )
+            one_length = (f"data.params.n={n}", f"data.params.min_n={n}")
+            ask(home, seed, name, str(n), f"{home}/{name}/hf", *arm.changes, *one_length)
     if name == "constraints_dpo":
         for when, trained in (("before", arm.warm_start), ("after", name)):
             ask(home, seed, name, when, f"{home}/{trained}/hf", *CONSTRAINTS)
@@ -264,7 +256,7 @@ def warm_start(home: Path, seed: int, name: str) -> None:
 
 
 def ask(home: Path, seed: int, name: str, what: str, policy: str, *changes: str) -> None:
-    """Ask a policy the held-out prompts of the demo's GRPO with `changes`; accuracy_WHAT.json beside a run's metrics."""
+    """Ask a policy held-out prompts: those of the demo's GRPO with `changes`. accuracy_WHAT.json in the run's folder."""
     path = home / name / f"accuracy_{what}.json"
     if not path.exists():
         overrides = (f"seed={seed}", f"model.path={policy}", "parallel.ep=1", *changes)
@@ -317,7 +309,7 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
 
 
 def rows_of(run_dir: Path) -> list[dict]:
-    """Metrics of a run, and the accuracies that were asked for afterwards: in the last row, that before it in the first."""
+    """Metrics of a run, with the accuracies that were asked for afterwards: in its last row, "before" in its first."""
     rows = read_metrics(run_dir / "metrics.jsonl")
     for path in run_dir.glob("accuracy_*.json"):
         accuracy = json.loads(path.read_text())["eval/accuracy"]

@@ -1,4 +1,5 @@
-"""SFT and DPO sample nothing where evaluate.sample=false: they run to the end where vLLM cannot be imported."""
+"""SFT and DPO sample nothing where evaluate.sample=false: they run to the end where vLLM cannot be imported, and on data
+that no reward could compare with."""
 
 from __future__ import annotations
 
@@ -12,14 +13,15 @@ import pytest
 from runs import rows, tiny
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = [{"prompt": f"{d}=", "answer": d, "response": f"#{d}", "chosen": f"#{d}", "rejected": d} for d in "2468"]
+EXAMPLES = [{"prompt": f"{d}=", "response": f"#{d}", "chosen": f"#{d}", "rejected": d} for d in "2468"]
 
 
 @pytest.mark.parametrize("algorithm, seen", [("sft", "policy/loss"), ("dpo", "eval/pairs_accuracy")])
 def test_without_vllm(tmp_path, model, algorithm, seen):
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     config = tiny(tmp_path, model, algorithm={"name": algorithm}, steps=2, evaluate={"every": 1, "sample": False})
-    config |= {"data": {"task": "file", "train_file": "data.jsonl", "eval_file": "data.jsonl"}, "reward": "regex:^#"}
+    config |= {"data": {"task": "file", "train_file": "data.jsonl", "eval_file": "data.jsonl"}}
+    del config["reward"]
     (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
     env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
