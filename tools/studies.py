@@ -256,7 +256,7 @@ def warm_start(home: Path, seed: int, name: str) -> None:
 
 
 def ask(home: Path, seed: int, name: str, what: str, policy: str, *changes: str) -> None:
-    """Ask a policy held-out prompts: those of the demo's GRPO with `changes`. accuracy_WHAT.json in the run's folder."""
+    """Held-out prompts of the demo's GRPO with `changes`, asked of a policy; accuracy_WHAT.json in the run's folder."""
     path = home / name / f"accuracy_{what}.json"
     if not path.exists():
         overrides = (f"seed={seed}", f"model.path={policy}", "parallel.ep=1", *changes)

@@ -1,5 +1,5 @@
-"""SFT and DPO sample nothing where evaluate.sample=false: they run to the end where vLLM cannot be imported, and on data
-that no reward could compare with."""
+"""SFT and DPO sample nothing where evaluate.sample=false: they run to the end where vLLM cannot be imported, and with
+data that no reward could compare with."""
 
 from __future__ import annotations
 
