@@ -57,6 +57,11 @@ def dies_in_step_6(prompt, trajectory):
 """
 
 
+def python_path() -> str:
+    """PYTHONPATH that puts this checkout before what is there."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:
     """`mcore-rl ARGUMENTS` with `folder` as working folder, in this process: exit code, output, errors."""
     from mcore_rl import cli
@@ -108,7 +113,7 @@ class Started:
         self.temporary.mkdir(exist_ok=True)
         self.seen: set[psutil.Process] = set()
         self.out, self.err = folder / "out.txt", folder / "err.txt"
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "PYTHONPATH": python_path()}
         command = [sys.executable, "-m", "mcore_rl.cli", "train", "config.yaml", *arguments]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(

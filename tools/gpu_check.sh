@@ -19,7 +19,7 @@ for package in ("torch", "megatron-core", "transformer-engine", "transformers", 
 print("CUDA", torch.version.cuda, "NCCL", torch.cuda.nccl.version())
 PYTHON
 
-tests=(tests/gpu/test_trainer.py)
+tests=(tests/gpu/test_trainer.py tests/gpu/test_runs.py)
 if [[ $part == all ]]; then
     tests+=(tests/gpu/test_engine.py)
 fi

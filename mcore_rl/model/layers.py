@@ -208,6 +208,27 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(1).index_select(0, index).unflatten(1, x.shape[1:])
 
 
+class GroupedProduct(torch.autograd.Function):
+    """All experts' products in one kernel. Their weights are put side by side for it, again in the backward pass: kept
+    that way they would be held twice.
+
+    x [t, in], its rows sorted by expert; ends [E] int32, the row behind each expert's last; E weights [out, in]
+    -> [t, out]. An expert without rows gets a zero gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, ends, *weights)
+        return F.grouped_mm(x, torch.stack(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, ends, *weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = F.grouped_mm(grad, torch.stack(weights), offs=ends)
+        return grad_x, None, *F.grouped_mm(grad.t(), x, offs=ends).unbind()
+
+
 class _GroupedLinear(MegatronModule):
     """One weight an expert, `weight0` .. `weight{N-1}`, as TransformerEngine's GroupedLinear: Megatron's TEGroupedMLP,
     which is plain Python itself, works with either. Weights are left as allocated: they come from files."""
@@ -245,6 +266,9 @@ class _GroupedLinear(MegatronModule):
     def forward(self, x: Tensor, m_splits: Sequence[int]) -> tuple[Tensor, None]:
         """x [t, in], its rows sorted by expert, m_splits rows each -> ([t, out], no bias)."""
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
+        if x.is_cuda:
+            ends = torch.tensor(m_splits).cumsum(0).to(x.device, torch.int32)
+            return GroupedProduct.apply(x, ends, *weights), None
         parts = zip(x.split(list(m_splits)), weights, strict=True)
         # An expert without tokens takes part: its weight gets a zero gradient, which the gradient buckets wait for.
         return torch.cat([F.linear(part, weight) for part, weight in parts]), None

@@ -2,15 +2,16 @@
 
 python -m tools.bench.plan_memory --model 10M --json
 
-Weights, gradients and optimizer are read off the tensors; activations are the highest sum of live tensors during
-forward and backward pass, seen at torch's dispatcher (scratch memory inside of kernels is not).
+Weights, gradients and optimizer are read off the tensors. Activations are the highest sum of live tensors during
+forward and backward pass: on a GPU the allocator's, on a CPU that seen at torch's dispatcher (scratch memory inside of
+kernels is not).
 """
 
 from __future__ import annotations
 
 import json as json_module
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,18 @@ class PeakMemory(TorchDispatchMode):
         self._live -= size
 
 
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most that `step` holds at once of what it allocates."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with PeakMemory() as memory:
+        step()
+    return memory.peak
+
+
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
@@ -99,8 +112,7 @@ def measure(folder: Path, groups: Groups, dtype: str, recompute: str, lengths: I
     batches = pack_mini_batch(samples, GRPO(), rank=0, num_ranks=1, budget=positions, max_response=positions)
     batches = [batch.to(groups.device) for batch in batches]
     training.zero_grad()
-    with PeakMemory() as memory:
-        forward_backward(policy, batches, GRPO().loss)
+    peak = peak_bytes(lambda: forward_backward(policy, batches, GRPO().loss))
     training.step()
     state = trained_state(hf_config, groups.layout, 0, model, optimizer, parallel)
     found = {what: [getattr(state, what), size] for what, size in measured_state(training).items()}
@@ -115,7 +127,7 @@ def measure(folder: Path, groups: Groups, dtype: str, recompute: str, lengths: I
         hf_config.vocab_size,
         fused_norms=torch.cuda.is_available(),
     )
-    return found | {"activations": [of.kept + max(of.working, of.logits), memory.peak]}
+    return found | {"activations": [of.kept + max(of.working, of.logits), peak]}
 
 
 def _samples(lengths: Iterable[int], vocab_size: int) -> list[Sample]:
