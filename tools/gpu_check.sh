@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, on one GPU, in minutes. None of it has been run where this was written.
+# Everything that only a GPU can show, on one GPU, in minutes; docs/gpu.md says what has been run.
 #   tools/gpu_check.sh            all
 #   tools/gpu_check.sh trainer    without vLLM: torch and megatron-core (and TransformerEngine where it is installed)
 set -euo pipefail

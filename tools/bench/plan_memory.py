@@ -146,11 +146,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
-    sequences: Annotated[int, typer.Option(min=1, help="of 96 to 160 tokens, in one micro-batch")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, help="in one micro-batch")] = 16,
+    length: Annotated[int, typer.Option(min=0, help="tokens of each; 0: 96 to 160")] = 0,
     json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
 ) -> None:
     """Predicted and measured bytes of one update on one rank, by dtype and recomputation."""
-    lengths = [96 + 37 * i % 65 for i in range(sequences)]
+    lengths = [length or 96 + 37 * i % 65 for i in range(sequences)]
     with quiet_stdout(), model_folder(model, seed=0) as folder:
         groups = process_groups.init(ParallelLayout(), timeout_s=60, seed=0)
         try:
