@@ -10,24 +10,21 @@ rank, the rollout engine a child of it, so that the trainer's peak memory is its
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcore_rl.metrics import read_metrics
+from tools.study_tables import BY_LENGTH, COST, CUT_OFF, DISCRIMINATOR, LEARNING, LENGTHS, ROUTING, table
 
 DEMO = Path("examples/demo")
 STEPS = 60  # half of the demo's, so that three seeds of a study take an afternoon on one core
 BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
 
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
-LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mixed lengths is asked afterwards
+CUT = (*MIXED, "rollout.max_response_tokens=16")  # a third of the prompts have answers that do not fit
 
 CONSTRAINTS = (  # GAPO's task and batches, for the others: there the rule checker is the reward
     "data.task=digit_constraints",
@@ -70,6 +67,14 @@ ARMS: dict[str, Arm] = {
         for aggregation in ("sequence_mean", "token_mean")
     },
     **{
+        f"cut_{name}": Arm("dapo.yaml", (*CUT, *changes), "sft_mixed")
+        for name, changes in (
+            ("counted", ()),
+            ("filtered", ("algorithm.overlong_filter=true",)),
+            ("punished", ("algorithm.overlong_max_length=16", "algorithm.overlong_cache=4")),
+        )
+    },
+    **{
         f"constraints_{name}": Arm(f"{name}.yaml", (*CONSTRAINTS, "steps=20", "batch.mini_batches=4"), "gapo_sft")
         for name in ("ppo", "grpo", "dapo", "gspo", "sapo")
     },
@@ -92,119 +97,9 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "group_size": ("grpo_g2", "grpo_g4", "grpo", "grpo_g16"),
     "learning_rate": tuple(name for name in ARMS if "_lr" in name),
     "token_loss": ("mixed_sequence_mean", "mixed_token_mean"),
+    "overlong": ("cut_counted", "cut_filtered", "cut_punished"),
     "constraints": tuple(f"constraints_{name}" for name in ("ppo", "dpo", "grpo", "gapo", "dapo", "gspo", "sapo")),
 }
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table: `of` takes the rows of a finished run; None where the run has no such number."""
-
-    title: str
-    of: Callable[[list[dict]], float | None]
-    form: str = "{:.2f}"
-    over_seeds: str = "each"  # each: one number a seed; mean: one number
-
-    def cell(self, runs: Sequence[list[dict]]) -> str:
-        values = [self.of(rows) for rows in runs]
-        known = [v for v in values if v is not None and not math.isnan(v)]
-        if not known:
-            return "-"
-        if self.over_seeds == "mean":
-            return self.form.format(statistics.fmean(known))
-        return " ".join("-" if v is None else self.form.format(v) for v in values)
-
-
-def first(key: str) -> Callable[[list[dict]], float | None]:
-    return lambda rows: next((r[key] for r in rows if r.get(key) is not None), None)
-
-
-def last(key: str) -> Callable[[list[dict]], float | None]:
-    return lambda rows: next((r[key] for r in reversed(rows) if r.get(key) is not None), None)
-
-
-def mean(*keys: str) -> Callable[[list[dict]], float | None]:
-    """Over the steps that have all of `keys`, of their sum."""
-
-    def of(rows: list[dict]) -> float | None:
-        sums = [sum(r[k] for k in keys) for r in rows if all(r.get(k) is not None for k in keys)]
-        return statistics.fmean(sums) if sums else None
-
-    return of
-
-
-def median(key: str) -> Callable[[list[dict]], float | None]:
-    def of(rows: list[dict]) -> float | None:
-        values = [r[key] for r in rows if r.get(key) is not None]
-        return statistics.median(values) if values else None
-
-    return of
-
-
-def entropy_at(step: int) -> Callable[[list[dict]], float | None]:
-    return lambda rows: next((r.get("policy/entropy") for r in rows if r["step"] == step), None)
-
-
-def collapsed(rows: list[dict]) -> float | None:
-    """The first step whose reward is below half of the best so far, for good; None where there is none."""
-    rewards = [(r["step"], r["reward/mean"]) for r in rows if r.get("reward/mean") is not None]
-    best = 0.0
-    fallen = None
-    for step, reward in rewards:
-        best = max(best, reward)
-        fallen = (fallen or step) if reward < best / 2 else None
-    return fallen
-
-
-def held(rows: list[dict]) -> list[float]:
-    """Parameters of every model in the trainer's memory, the policy among them."""
-    return [n for key, n in rows[0].items() if key.startswith("memory/") and key.endswith("_parameters")]
-
-
-LEARNING = (
-    Column("accuracy before", first("eval/accuracy")),
-    Column("after", last("eval/accuracy")),
-    Column("pairs right, before", first("eval/pairs_accuracy")),
-    Column("after", last("eval/pairs_accuracy")),
-    Column("entropy, first step", first("policy/entropy"), "{:.3f}", "mean"),
-    Column("step 20", entropy_at(20), "{:.3f}", "mean"),
-    Column("last step", last("policy/entropy"), "{:.3f}", "mean"),
-    Column("tokens clipped", mean("policy/clip_frac"), "{:.2%}", "mean"),
-    Column("mean gate", mean("policy/gate_mean"), "{:.3f}", "mean"),
-    Column("groups of one reward", mean("reward/equal_groups_frac"), "{:.2f}", "mean"),
-    Column("groups kept", mean("rollout/kept_frac"), "{:.2f}", "mean"),
-)
-ROUTING = (
-    Column("half of the best reward lost at step", collapsed, "{:.0f}"),
-    Column("chi, first", first("moe/chi"), "{:.2f}"),
-    Column("last", last("moe/chi"), "{:.2f}"),
-    Column("flipped tokens, last", last("moe/flip_any"), "{:.2f}", "mean"),
-)
-DISCRIMINATOR = (
-    *(
-        Column(f"{kind}, {when}", of(f"discriminator/{name}"))
-        for kind, name in (
-            ("right on real", "real_accuracy"),
-            ("on rejected", "rejected_accuracy"),
-            ("on generated", "fake_accuracy"),
-            ("AUC for the audit", "audit_auc"),
-            ("AUC of length alone", "length_auc"),
-        )
-        for when, of in (("first", first), ("last", last))
-    ),
-    Column("KL to the reference, last", last("policy/kl_ref")),
-)
-BY_LENGTH = tuple(Column(f"{n} digits", last(f"accuracy_{n}")) for n in LENGTHS)
-COST = (
-    Column("models", lambda rows: float(len(held(rows))), "{:.0f}", "mean"),
-    Column("their parameters, 1e6", lambda rows: sum(held(rows)) / 1e6, "{:.2f}", "mean"),
-    Column("peak GB of the trainer", last("memory/trainer_peak_gb"), "{:.2f}", "mean"),
-    Column("collect, s", median("time/collect_s"), "{:.2f}", "mean"),
-    Column("score, s", median("time/score_s"), "{:.2f}", "mean"),
-    Column("update, s", median("time/update_s"), "{:.2f}", "mean"),
-    Column("discriminator, s", median("time/discriminator_s"), "{:.2f}", "mean"),
-    Column("sync, s", median("time/sync_s"), "{:.3f}", "mean"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -221,7 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             for arm in arms:
                 run_arm(args.folder, seed, arm)
     else:
-        more = {"token_loss": BY_LENGTH, "learning_rate": ROUTING, "constraints": DISCRIMINATOR}
+        more = {
+            "token_loss": BY_LENGTH,
+            "overlong": (*BY_LENGTH, *CUT_OFF),
+            "learning_rate": ROUTING,
+            "constraints": DISCRIMINATOR,
+        }
         learning = LEARNING + more.get(args.study, ())
         print(table(args.folder, arms, args.seeds, COST if args.verb == "cost" else learning))
 
@@ -294,28 +194,6 @@ def call(*command: str) -> str:
     print(*command, flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-
-
-def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequence[Column]) -> str:
-    """Markdown, one line an arm, of the runs that are finished."""
-    lines = ["| | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for arm in arms:
-        done = [seed for seed in seeds if (folder / f"seed{seed}" / arm / "report.png").exists()]
-        runs = [rows_of(folder / f"seed{seed}" / arm) for seed in done]
-        if runs:
-            cells = (column.cell(runs) for column in columns)
-            lines.append(f"| {arm} | {' '.join(map(str, done))} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def rows_of(run_dir: Path) -> list[dict]:
-    """Metrics of a run, with the accuracies that were asked for afterwards: in its last row, "before" in its first."""
-    rows = read_metrics(run_dir / "metrics.jsonl")
-    for path in run_dir.glob("accuracy_*.json"):
-        accuracy = json.loads(path.read_text())["eval/accuracy"]
-        key = "eval/accuracy" if path.stem in ("accuracy_before", "accuracy_after") else path.stem
-        rows[0 if path.stem == "accuracy_before" else -1][key] = accuracy
-    return rows
 
 
 if __name__ == "__main__":

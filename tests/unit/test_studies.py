@@ -4,21 +4,8 @@ import json
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import load_config
-from tools.studies import (
-    ARMS,
-    BY_LENGTH,
-    COST,
-    DEMO,
-    LEARNING,
-    STUDIES,
-    WARM_STARTS,
-    Column,
-    collapsed,
-    held,
-    mean,
-    median,
-    table,
-)
+from tools.studies import ARMS, DEMO, STUDIES, WARM_STARTS
+from tools.study_tables import BY_LENGTH, COST, LEARNING, Column, collapsed, held, mean, median, table
 
 ROWS = [
     {"step": 0, "eval/accuracy": 0.25, "memory/policy_parameters": 8e5, "memory/critic_parameters": 8e5},
