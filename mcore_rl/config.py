@@ -118,6 +118,11 @@ class MoeConfig(Section):
     def watches(self) -> bool:
         return self.log_every > 0 or self.record_every > 0
 
+    @staticmethod
+    def due(every: int, step: int) -> bool:
+        """Whether training step `step` (0, 1, ...) ends a round of `every` steps; 0: never."""
+        return every > 0 and (step + 1) % every == 0
+
 
 class CriticConfig(Section):
     path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0

@@ -191,8 +191,8 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
 
 def updates_exporter(run: Run, step: int) -> Callable[[int], object] | None:
     """Of `moe.export_every`: leaves the policy as updates/step_N/K after optimizer step K of training step N."""
-    config, every = run.plan.config, run.plan.config.moe.export_every
-    if every == 0 or (step + 1) % every:
+    config = run.plan.config
+    if not config.moe.due(config.moe.export_every, step):
         return None
     return lambda k: export_hf(run.exporter, config.run_dir / f"updates/step_{step + 1:06d}/{k}", config.model.path)
 

@@ -38,7 +38,7 @@ class Watched:
 def watch_routers(run: Run, mini_batches: MiniBatches, step: int) -> Watched | None:
     """The policy before the step on this rank's first micro-batches, or None where the step is not looked at."""
     moe, layout = run.plan.config.moe, run.groups.layout
-    if not (_due(moe.log_every, step) or _due(moe.record_every, step)):
+    if not (moe.due(moe.log_every, step) or moe.due(moe.record_every, step)):
         return None
     count = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds
     batches = [replace(b, expert_ids=None, shift_ids=None) for b in mini_batches[0][:count]]
@@ -57,9 +57,9 @@ def router_metrics(run: Run, before: Watched | None, step: int) -> Metrics:
     moe = run.plan.config.moe
     following = [replace(b, shift_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
     outputs, recorded = forward_recorded(run.policy, following, statistics=True)
-    if _due(moe.record_every, step) and reports(run):
+    if moe.due(moe.record_every, step) and reports(run):
         _keep(run, before, recorded, step)
-    if not _due(moe.log_every, step):
+    if not moe.due(moe.log_every, step):
         return {}
     on_old = [replace(b, expert_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
     replayed = forward_only(run.policy, on_old)
@@ -114,10 +114,6 @@ def summary(tokens: dict[str, Tensor], num_experts: int) -> Metrics:
         against = flip_statistics(tokens["engine_ids"], tokens["old_ids"], answer_ids)
         metrics |= {f"mismatch/flip_{name}": against[key].value() for key, name in names.items() if key in against}
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
-
-
-def _due(every: int, step: int) -> bool:
-    return every > 0 and (step + 1) % every == 0
 
 
 def _response_tokens(before: Watched, after: Watched, replayed: list[PolicyOutput]) -> dict[str, Tensor]:
