@@ -1,7 +1,8 @@
 """Models of Hugging Face transformers: log-probs of given tokens, on their own routes or on given ones.
 
 The routers are read and replaced at their outputs by forward hooks, so that every architecture whose router module
-returns (logits, gates, expert ids) in some order works as it is: Qwen3-MoE, OLMoE, Mixtral, Granite and others.
+returns (logits, gates, expert ids) in some order works as it is: Qwen3-MoE, OLMoE, Mixtral, Granite, DeepSeek-V3
+(where its experts are one group) and others.
 A replayed route keeps the set of experts and weighs them anew by the current logits.
 """
 
@@ -27,7 +28,7 @@ class _Tap:
     """What one pass reads from the routers and puts into them; lists by layer, then by chunk."""
 
     routers: list[torch.nn.Module]
-    logits: list[list[Tensor]]
+    scores: list[list[Tensor]]
     gates: list[list[Tensor]]
     ids: list[list[Tensor]]
     real: Tensor = field(default_factory=lambda: torch.empty(0))  # [B * T] of the chunk: not padding
@@ -54,9 +55,15 @@ def routers_of(model: Any) -> list[torch.nn.Module]:
     """The routers in model order; none for a dense model.
 
     Raises:
-        ValueError: the configuration names experts but no router module was recognised.
+        ValueError: the configuration names experts but no router module was recognised, or experts are chosen by group.
     """
     found = [m for _, m in model.named_modules() if hasattr(m, "top_k") and "Router" in type(m).__name__]
+    for router in found:
+        if getattr(router, "topk_group", 1) < getattr(router, "num_group", 1):
+            raise ValueError(
+                f"{type(model).__name__} first chooses {router.topk_group} of {router.num_group} groups of experts: "
+                "there is no one margin between chosen and not chosen; models with one group are supported"
+            )
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((n for name in names if (n := getattr(config, name, None))), 0)
@@ -87,7 +94,8 @@ def forward(model: Any, sequences: Sequence[Sequence[int]], routes: RoutingTrace
 def forward_with_logits(
     model: Any, sequences: Sequence[Sequence[int]], routes: RoutingTrace | None = None, chunk_tokens: int = 4096
 ) -> tuple[list[Tensor], RoutingTrace, Tensor]:
-    """As `forward`, and the router logits [T, L, E].
+    """As `forward`, and the scores [T, L, E] of which routers choose the largest: logits, or of a router with a
+    correction bias (DeepSeek-V3) sigmoids and bias.
 
     Args:
         chunk_tokens: tokens with padding that go through the model at once.
@@ -199,7 +207,7 @@ def _pass_through(tap: _Tap, layer: int, router: Any, output: tuple[Tensor, ...]
         ids = ids.clone()
         ids[tap.real] = tap.replayed[:, layer].to(ids.dtype)
         gates = _gates(router, logits, gates, output[where[2]].view_as(ids), ids)
-    for kept, tensor in ((tap.logits, logits), (tap.gates, gates), (tap.ids, ids)):
+    for kept, tensor in ((tap.scores, _scores(router, logits)), (tap.gates, gates), (tap.ids, ids)):
         kept[layer].append(tensor.detach()[tap.real])
     if tap.replayed is None:
         return output
@@ -221,20 +229,28 @@ def _places(router: Any, output: tuple[Tensor, ...]) -> tuple[int, int, int]:
     return logits, 3 - logits - ids, ids
 
 
+def _scores(router: Any, logits: Tensor) -> Tensor:
+    """[t, E], what the router compares when it chooses."""
+    bias = getattr(router, "e_score_correction_bias", None)
+    return logits if bias is None else logits.sigmoid() + bias
+
+
 def _gates(router: Any, logits: Tensor, own_gates: Tensor, own_ids: Tensor, ids: Tensor) -> Tensor:
     """How this router weighs the experts `ids`: by the rule that gives its own gates for its own experts."""
-    probs = logits.float().softmax(-1)
+    scale = getattr(router, "routed_scaling_factor", 1.0)
 
-    def of(ids: Tensor, normalised: bool) -> Tensor:
-        chosen = probs.gather(-1, ids)
-        return (chosen / chosen.sum(-1, keepdim=True) if normalised else chosen).to(own_gates.dtype)
+    def of(ids: Tensor, weights: Tensor, normalised: bool) -> Tensor:
+        chosen = weights.gather(-1, ids)
+        return (scale * (chosen / chosen.sum(-1, keepdim=True) if normalised else chosen)).to(own_gates.dtype)
 
-    for normalised in (True, False):
-        if torch.allclose(of(own_ids, normalised), own_gates, atol=1e-2 if own_gates.dtype == torch.bfloat16 else 1e-6):
-            same = (ids == own_ids).all(-1, keepdim=True)  # to the last bit, however the router rounds
-            return torch.where(same, own_gates, of(ids, normalised))
+    for weights in (logits.float().softmax(-1), logits.float().sigmoid()):
+        for normalised in (True, False):
+            ours = of(own_ids, weights, normalised)
+            if torch.allclose(ours, own_gates, atol=1e-2 if own_gates.dtype == torch.bfloat16 else 1e-6):
+                same = (ids == own_ids).all(-1, keepdim=True)  # to the last bit, however the router rounds
+                return torch.where(same, own_gates, of(ids, weights, normalised))
     raise ValueError(
-        f"{type(router).__name__} weighs its experts neither by softmax over the chosen nor by softmax over all; "
+        f"{type(router).__name__} weighs its experts by softmax or sigmoid neither over the chosen nor over all; "
         "routes cannot be replayed in it"
     )
 
@@ -245,8 +261,8 @@ def _trace(tap: _Tap, cu_seqlens: Tensor) -> tuple[RoutingTrace, Tensor]:
         return RoutingTrace(torch.zeros(num_tokens, 0, 0).long(), None, None, 1, cu_seqlens), torch.zeros(
             num_tokens, 0, 1
         )
-    logits, gates, ids = (
-        torch.stack([torch.cat(layer) for layer in kept], 1) for kept in (tap.logits, tap.gates, tap.ids)
+    scores, gates, ids = (
+        torch.stack([torch.cat(layer) for layer in kept], 1) for kept in (tap.scores, tap.gates, tap.ids)
     )
     router = tap.routers[0]
-    return RoutingTrace(ids, margins(logits, router.top_k), gates, router.num_experts, cu_seqlens), logits
+    return RoutingTrace(ids, margins(scores, router.top_k), gates, router.num_experts, cu_seqlens), scores

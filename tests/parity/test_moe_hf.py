@@ -6,9 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import MOE
+from tiny_models import FAMILIES as TINY
+from tiny_models import MOE, save_tiny_hf
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GraniteMoeConfig,
     GraniteMoeForCausalLM,
     MixtralConfig,
@@ -23,9 +26,11 @@ from moe.trace import RoutingTrace
 SEQUENCES = [(3, 5, 7, 11, 13), (2, 4), (6, 1, 9, 9, 8, 7, 30, 31)]
 COMMON = {k: MOE[k] for k in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")}
 COMMON |= dict(num_hidden_layers=2, intermediate_size=48, num_experts_per_tok=2)
+ONE_GROUP = dict(n_group=1, topk_group=1, num_experts_per_tok=2, num_hidden_layers=3)
 FAMILIES = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=8, **COMMON)),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(num_experts=8, norm_topk_prob=False, pad_token_id=0, **COMMON)),
+    "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**TINY["deepseek_v3"] | ONE_GROUP)),
     "granite": lambda: GraniteMoeForCausalLM(GraniteMoeConfig(num_local_experts=8, **COMMON)),
 }
 
@@ -41,6 +46,8 @@ def built(family: str):
     with torch.no_grad():
         for router in hf.routers_of(model):
             router.weight.normal_()
+            for buffer in router.buffers():
+                buffer.normal_(std=0.2)
     model.set_experts_implementation("eager")
     return model
 
@@ -156,3 +163,23 @@ def test_samples_follow_the_model_whatever_the_padding(model):
     finally:
         weight.div_(1000)
     assert hf.sample(model, prompts, 1, 4, seed=1) != hf.sample(model, prompts, 1, 4, seed=2)
+
+
+@torch.no_grad()
+def test_a_sigmoid_router_is_compared_by_what_it_chooses_by(tmp_path):
+    """Sigmoids and bias decide, the sigmoids alone weigh; with groups there is no one margin."""
+    model = built("deepseek_v3")
+    _, trace, scores = hf.forward_with_logits(model, SEQUENCES)
+    assert torch.equal(trace.expert_ids.sort(-1).values, scores.topk(2, dim=-1).indices.sort(-1).values)
+    best = scores.topk(3, dim=-1).values
+    torch.testing.assert_close(trace.margins, best[..., 1] - best[..., 2])
+    bias = torch.stack([router.e_score_correction_bias for router in hf.routers_of(model)])
+    logits = (scores - bias).logit()
+    assert not torch.equal(logits.topk(2, dim=-1).indices.sort(-1).values, trace.expert_ids.sort(-1).values)
+    routes = random_routes(trace)
+    chosen = (scores - bias).gather(-1, routes.expert_ids)
+    _, used = hf.forward(model, SEQUENCES, routes)
+    expected = model.config.routed_scaling_factor * chosen / chosen.sum(-1, keepdim=True)
+    torch.testing.assert_close(used.gates[:, 0], expected[:, 0].to(used.gates.dtype))  # later layers saw other inputs
+    with pytest.raises(ValueError, match="first chooses 2 of 4 groups"):
+        hf.load_model(save_tiny_hf(tmp_path, family="deepseek_v3"))
