@@ -49,14 +49,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.group, ctx.args = group, (start, vocab_size, temperature, dtype)
         ctx.chunks = [slice(i, i + chunk_tokens) for i in range(0, hidden.shape[0], chunk_tokens)]
         for rows in ctx.chunks:
-            logits = _chunk_logits(hidden[rows], weight, *ctx.args)
-            top = logits.max(-1).values
-            _all_reduce(top, dist.ReduceOp.MAX, group)
-            exp = (logits - top[:, None]).exp()
-            local, column = _local_targets(targets[rows], start, weight.shape[0])
-            picked = torch.where(local, logits.gather(-1, column[:, None])[:, 0] - top, 0.0)
-            sums = torch.stack([exp.sum(-1), picked, (exp * (logits - top[:, None])).sum(-1)])
-            _all_reduce(sums, dist.ReduceOp.SUM, group)
+            top, sums = _chunk_sums(_chunk_logits(hidden[rows], weight, *ctx.args), targets[rows] - start, group)
             log_sum = sums[0].log()
             logprobs[rows] = sums[1] - log_sum
             entropy[rows] = log_sum - sums[2] / sums[0]
@@ -71,23 +64,18 @@ class _TokenLogprobs(torch.autograd.Function):
         start, _, temperature, _ = ctx.args
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for rows in ctx.chunks:
-            log_p = _chunk_logits(hidden[rows], weight, *ctx.args) - log_z[rows, None]
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if grad_logprobs is not None:
-                local, column = _local_targets(targets[rows], start, weight.shape[0])
-                grad.addcmul_(p, grad_logprobs[rows, None], value=-1)
-                grad.scatter_add_(-1, column[:, None], torch.where(local, grad_logprobs[rows], 0.0)[:, None])
-            if grad_entropy is not None:
-                grad.addcmul_(p * (log_p + entropy[rows, None]), grad_entropy[rows, None], value=-1)
-            grad = grad.div_(temperature).to(weight.dtype)
+            log_p = _chunk_logits(hidden[rows], weight, *ctx.args).sub_(log_z[rows, None])
+            by_logprob, by_entropy = (None if g is None else g[rows] for g in (grad_logprobs, grad_entropy))
+            grad = _chunk_gradient(log_p, entropy[rows], targets[rows] - start, by_logprob, by_entropy)
+            grad = _divided(grad, temperature).to(weight.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight.addmm_(grad.t(), hidden[rows])
+            del log_p, grad  # before the next chunk's logits exist
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunk_logits(hidden: Tensor, weight: Tensor, start: int, vocab_size: int, temperature: float, dtype) -> Tensor:
-    logits = F.linear(hidden, weight).to(dtype) / temperature
+    logits = _divided(F.linear(hidden, weight).to(dtype), temperature)
     real = vocab_size - start
     if real < weight.shape[0]:
         # finite, so that p * logit of a padded row is 0 and not NaN
@@ -95,8 +83,43 @@ def _chunk_logits(hidden: Tensor, weight: Tensor, start: int, vocab_size: int, t
     return logits
 
 
-def _local_targets(targets: Tensor, start: int, rows: int) -> tuple[Tensor, Tensor]:
-    column = targets - start
+def _chunk_sums(logits: Tensor, column: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The largest logit x of each row, and the sums of exp(x), of x at the target, of exp(x) x, all less the largest;
+    `logits` is overwritten.
+    """
+    top = logits.max(-1).values
+    _all_reduce(top, dist.ReduceOp.MAX, group)
+    exp = logits.sub_(top[:, None]).exp()
+    local, column = _local_targets(column, logits.shape[1])
+    picked = torch.where(local, logits.gather(-1, column[:, None])[:, 0], 0.0)
+    sums = torch.stack([exp.sum(-1), picked, exp.mul_(logits).sum(-1)])
+    _all_reduce(sums, dist.ReduceOp.SUM, group)
+    return top, sums
+
+
+def _chunk_gradient(
+    log_p: Tensor, entropy: Tensor, column: Tensor, by_logprob: Tensor | None, by_entropy: Tensor | None
+) -> Tensor:
+    """By the logits; `log_p` is overwritten. In as few passes over the vocabulary as there can be."""
+    p = log_p.exp()
+    if by_logprob is None:
+        by_logprob = torch.zeros_like(entropy)
+    if by_entropy is None:
+        grad = p.mul_(-by_logprob[:, None])
+    else:  # -p (by_logprob + by_entropy (log_p + entropy))
+        constant = by_logprob + by_entropy * entropy
+        grad = log_p.mul_(-by_entropy[:, None]).sub_(constant[:, None]).mul_(p)
+    local, column = _local_targets(column, log_p.shape[1])
+    return grad.scatter_add_(-1, column[:, None], torch.where(local, by_logprob, 0.0)[:, None])
+
+
+def _divided(x: Tensor, temperature: float) -> Tensor:
+    """In place; a pass over all logits is worth avoiding."""
+    return x if temperature == 1 else x.div_(temperature)
+
+
+def _local_targets(column: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Whether a target is in this rank's share of the vocabulary, and its place there, or 0."""
     local = (column >= 0) & (column < rows)
     return local, torch.where(local, column, 0)
 

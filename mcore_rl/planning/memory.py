@@ -15,7 +15,7 @@ from mcore_rl.weights.shards import pipeline_layers
 GIB = 2**30
 _FP32 = 4
 _BACKWARD = 1.3  # of what a layer keeps: with the gradients of its own backward pass (tools/bench/plan_memory.py)
-_LOGIT_COPIES = 5  # fp32 copies of a chunk's logits at the peak of functional/logprob.py's backward pass
+_LOGIT_COPIES = 2  # fp32 copies of a chunk's logits at the peak of functional/logprob.py's backward pass
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,11 @@ def activations(
         head = size + (
             2 * _FP32 if model.fp32_head and size < _FP32 else 0
         )  # gradient; of an fp32 copy, and that itself
-        logits = vocabulary * (min(chunk_tokens, tokens) * _LOGIT_COPIES * _FP32 + shape.hidden_size * head)
+        product = (
+            size if size < _FP32 and not model.fp32_head else 0
+        )  # a copy more, in which the matrices are multiplied
+        chunk = min(chunk_tokens, tokens) * (_LOGIT_COPIES * _FP32 + product)
+        logits = vocabulary * (chunk + shape.hidden_size * head)
     return Activations(int(kept), int(working), int(logits))
 
 
