@@ -141,10 +141,10 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     if arm.warm_start == "sft_mixed":
         for n in LENGTHS:
             one_length = (f"data.params.n={n}", f"data.params.min_n={n}")
-            ask(home, seed, name, str(n), f"{home}/{name}/hf", *arm.changes, *one_length)
+            ask(home, seed, name, str(n), arm.config, f"{home}/{name}/hf", *arm.changes, *one_length)
     if name == "constraints_dpo":
         for when, trained in (("before", arm.warm_start), ("after", name)):
-            ask(home, seed, name, when, f"{home}/{trained}/hf", *CONSTRAINTS)
+            ask(home, seed, name, when, "grpo.yaml", f"{home}/{trained}/hf", *CONSTRAINTS)
 
 
 def warm_start(home: Path, seed: int, name: str) -> None:
@@ -155,12 +155,12 @@ def warm_start(home: Path, seed: int, name: str) -> None:
     train(home, name, seed, config, f"model.path={model}", *changes)
 
 
-def ask(home: Path, seed: int, name: str, what: str, policy: str, *changes: str) -> None:
-    """Held-out prompts of the demo's GRPO with `changes`, asked of a policy; accuracy_WHAT.json in the run's folder."""
+def ask(home: Path, seed: int, name: str, what: str, config: str, policy: str, *changes: str) -> None:
+    """Held-out prompts of a configuration with `changes`, asked of a policy; accuracy_WHAT.json in the run's folder."""
     path = home / name / f"accuracy_{what}.json"
     if not path.exists():
         overrides = (f"seed={seed}", f"model.path={policy}", "parallel.ep=1", *changes)
-        command = ("evaluate", str(DEMO / "grpo.yaml"), *overrides, "--model", policy)
+        command = ("evaluate", str(DEMO / config), *overrides, "--model", policy)
         path.write_text(call(beside_python("mcore-rl"), *command))
 
 
