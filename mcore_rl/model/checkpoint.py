@@ -144,12 +144,13 @@ def sharded_state(training: Training, groups: Groups, *, loading: bool) -> dict[
     """Of a model and its optimizer, as Megatron's checkpoints take it and give it back."""
     metadata = _metadata()
     model = {f"model{i}": c.module.sharded_state_dict(metadata=metadata) for i, c in enumerate(training.chunks)}
-    merged = {k: v for part in model.values() for k, v in part.items()} if len(model) > 1 else model["model0"]
+    # chunks number their layers alike; the optimizer looks at the tensors, not at their names
+    of_all = {f"{name}.{key}": value for name, part in model.items() for key, value in part.items()}
     rng = {"torch": torch.get_rng_state(), "model_parallel": get_cuda_rng_tracker().get_states()}
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         **model,
-        "optimizer": training.optimizer.sharded_state_dict(merged, is_loading=loading, metadata=metadata),
+        "optimizer": training.optimizer.sharded_state_dict(of_all, is_loading=loading, metadata=metadata),
         "scheduler": training.scheduler.state_dict(),
         "written_with": _settings(training, groups),
         "rng": ShardedObject("rng", rng, (world,), (rank,)),

@@ -20,7 +20,7 @@ WRITERS = {
 READERS = {
     2: [
         ("whole", dict(tp=2, ep=2)),
-        ("whole", dict(pp=2)),
+        ("whole", dict(pp=2, vpp=2)),
         ("whole", dict(cp=2, ep=2)),
         ("sharded", dict(dp=2, ep=2)),
         ("sharded", dict(tp=2)),
@@ -29,7 +29,7 @@ READERS = {
 }
 OTHER_READERS = {
     2: [
-        ("whole", dict(pp=2, vpp=2)),
+        ("whole", dict(pp=2)),
         ("whole", dict(tp=2, etp=2)),
         ("sharded", dict(pp=2, vpp=2)),
         ("sharded", dict(cp=2)),
