@@ -119,9 +119,15 @@ def main() -> None:
 
 
 def _explain(failures: dict) -> int:
-    """The exit code of a run whose ranks failed; names those that were killed and so could say nothing."""
+    """The exit code of a run whose ranks failed; names those that were killed and so could say nothing.
+
+    Where one ended by itself it has told why, and torchrun then ended the others: by SIGTERM, which does not count
+    here, and by SIGKILL those that hang. (After a rank is killed the others find no time to end by themselves.)
+    """
+    told = any(failure.exitcode > 0 for failure in failures.values())
     for rank, failure in sorted(failures.items()):
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM: ended because another had failed
+        ended = (-signal.SIGTERM, -signal.SIGKILL) if told else (-signal.SIGTERM,)
+        if failure.exitcode < 0 and failure.exitcode not in ended:
             hint = " (out of memory?)" if failure.exitcode == -signal.SIGKILL else ""
             print(
                 f"error: rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}",

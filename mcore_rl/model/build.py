@@ -115,7 +115,7 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups)
             max_sequence_length=hf_config.max_position_embeddings,
             pre_process=at == 0 and stage == 0,
             post_process=at == pp - 1 and stage == vpp - 1,
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings and not is_scorer(hf_config),
             position_embedding_type="rope",
             vp_stage=vp_stage,
             **rope_arguments(hf_config),

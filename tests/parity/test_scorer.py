@@ -42,6 +42,16 @@ def test_scores_equal_transformers(tiny_moe_dir, tmp_path, groups):
     assert want.abs().max() > 1e-2
 
 
+def test_a_tied_classifier_shares_nothing_with_its_head(tiny_tied_dir, tmp_path, groups):
+    """Megatron would add up the gradients of embedding and head over the first and last stage of a pipeline."""
+    reference = AutoModelForSequenceClassification.from_pretrained(tiny_tied_dir, num_labels=1, dtype=torch.float32)
+    reference.save_pretrained(tmp_path)
+    hf_config = read_hf_config(tmp_path)
+    assert hf_config.tie_word_embeddings
+    (chunk,) = build_model(hf_config, ModelConfig(path=str(tmp_path)), groups)
+    assert not chunk.share_embeddings_and_output_weights
+
+
 def test_critic_from_a_policy_starts_at_zero(tiny_moe_dir, groups):
     hf_config = as_scorer(read_hf_config(tiny_moe_dir))
     chunks = build_model(hf_config, ModelConfig(path=str(tiny_moe_dir)), groups)

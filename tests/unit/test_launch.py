@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from mcore_rl import launch
 from mcore_rl.launch import Nodes
 from mcore_rl.preflight import MIN_SHARED_MEMORY, node_facts, problems
 
@@ -124,3 +127,21 @@ def test_scripts_parse_and_say_how_they_are_used(script):
         clean = {k: v for k, v in os.environ.items() if k not in ("HEAD", "NNODES", "NODE_RANK")}
         bare = subprocess.run(["bash", script], capture_output=True, text=True, env=clean)
         assert bare.returncode != 0 and "usage: " in bare.stderr
+
+
+@pytest.mark.parametrize(
+    "exit_codes, named, code",
+    [
+        ({0: -15, 1: -9}, ["rank 1"], 1),  # killed; the other was ended for it
+        ({0: 1, 1: -9}, [], 1),  # one lost the other, has said so, and torchrun ended what hung
+        ({0: 2, 1: -15}, [], 2),
+        ({0: 1, 1: -6}, ["rank 1"], 1),  # nobody but itself aborts
+    ],
+)
+def test_ranks_that_could_say_nothing_are_named(capsys, exit_codes, named, code):
+    def failure(exitcode: int) -> SimpleNamespace:
+        return SimpleNamespace(exitcode=exitcode, pid=7, signal_name=lambda: signal.Signals(-exitcode).name)
+
+    assert launch._explain({rank: failure(exitcode) for rank, exitcode in exit_codes.items()}) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("error: ")[1].split(" (")[0] for line in lines] == named
