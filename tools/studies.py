@@ -24,7 +24,7 @@ STEPS = 60  # half of the demo's, so that three seeds of a study take an afterno
 BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
 
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
-CUT = (*MIXED, "rollout.max_response_tokens=16")  # a third of the prompts have answers that do not fit
+CUT = (*MIXED, "rollout.max_response_tokens=16")  # nearly half of the prompts have answers that do not fit
 
 CONSTRAINTS = (  # GAPO's task and batches, for the others: there the rule checker is the reward
     "data.task=digit_constraints",
