@@ -213,7 +213,7 @@ def _engine_plan(asked: RunConfig, model: Path | None) -> Plan:
     from mcore_rl.weights.stored import require_hf
 
     require_hf(model or asked.model.path, "model" if model else "model.path")
-    changes: dict = {"parallel": ParallelConfig()}
+    changes: dict = {"parallel": ParallelConfig(), "evaluate": asked.evaluate.model_copy(update={"sample": True})}
     if model is not None:
         changes["model"] = asked.model.model_copy(update={"path": str(model)})
     return make_plan(asked.model_copy(update=changes), 1)

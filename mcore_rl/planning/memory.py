@@ -116,12 +116,9 @@ def activations(
     if stage == layout.pp - 1:
         kept += tokens * _norm_bytes(shape.hidden_size, size, fused_norms) / layout.tp + hidden
         vocabulary = -(-vocab_size // layout.tp)
-        head = size + (
-            2 * _FP32 if model.fp32_head and size < _FP32 else 0
-        )  # gradient; of an fp32 copy, and that itself
-        product = (
-            size if size < _FP32 and not model.fp32_head else 0
-        )  # a copy more, in which the matrices are multiplied
+        copied = size < _FP32 and model.fp32_head
+        head = size + 2 * _FP32 * copied  # the gradient; an fp32 copy of the matrix and its gradient
+        product = size if size < _FP32 and not copied else 0  # the chunk's logits as the matrices multiply them
         chunk = min(chunk_tokens, tokens) * (_LOGIT_COPIES * _FP32 + product)
         logits = vocabulary * (chunk + shape.hidden_size * head)
     return Activations(int(kept), int(working), int(logits))

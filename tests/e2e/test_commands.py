@@ -107,6 +107,13 @@ def test_evaluate_agrees_with_the_runs_last_evaluation(finished, model, worker):
     assert json.loads(out)["eval/reward_mean"] == first["eval/reward_mean"]
 
 
+def test_evaluate_asks_whatever_the_training_did(finished, model, worker):
+    """SFT without sampling has no reward of its own."""
+    overrides = ("algorithm.name=sft", "evaluate.sample=false")
+    code, out, err = worker(command, finished, "evaluate", "config.yaml", *overrides, "--model", str(model))
+    assert code == 0 and 0 <= json.loads(out.splitlines()[-1])["eval/accuracy"] <= 1, err
+
+
 def test_dry_run_prints_a_config_that_loads_and_the_layout(tmp_path, model, worker):
     tiny(tmp_path, model)
     arguments = ["train", "config.yaml", "parallel.ep=2", "name=dry", "--nproc-per-node=2", "--dry-run"]
