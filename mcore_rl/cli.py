@@ -188,22 +188,14 @@ def evaluate(
     model: Annotated[Path | None, typer.Option(help="HF folder; default: the final policy of CONFIG's run")] = None,
 ) -> None:
     """Score a HF folder on CONFIG's held-out prompts; one JSON object."""
-    from mcore_rl.evaluating import evaluation_sampling
-    from mcore_rl.rollout.collect import evaluate as evaluate_policy
+    from mcore_rl.evaluating import ask
     from mcore_rl.run import open_plan_engine
 
     asked = load_config(config, overrides or ())
     path = str(model or asked.run_dir / "hf")
     plan = _engine_plan(asked, Path(path))
     with closing(open_plan_engine(plan)) as engine:
-        result = evaluate_policy(
-            engine,
-            plan.task,
-            plan.reward,
-            evaluation_sampling(asked),
-            num_prompts=asked.evaluate.prompts,
-            seed=asked.seed,
-        )
+        result = ask(engine, plan)
     print(json.dumps({"model": path, **result}))
 
 

@@ -118,11 +118,6 @@ class MoeConfig(Section):
     def watches(self) -> bool:
         return self.log_every > 0 or self.record_every > 0
 
-    @staticmethod
-    def due(every: int, step: int) -> bool:
-        """Whether training step `step` (0, 1, ...) ends a round of `every` steps; 0: never."""
-        return every > 0 and (step + 1) % every == 0
-
 
 class CriticConfig(Section):
     path: str | None = None  # HF folder of a policy or a sequence classifier; None: model.path. A new head starts at 0
@@ -208,6 +203,11 @@ class RunConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+
+def due(every: int, done: int) -> bool:
+    """Whether what happens every `every` training steps (0: never) happens after `done` of them."""
+    return every > 0 and done % every == 0
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mcore_rl.config import RunConfig
 from mcore_rl.functional.reduce import metric_means
 from mcore_rl.model.forward import forward_only
 from mcore_rl.parallel.collectives import on_rank_0, sum_over_ranks
 from mcore_rl.phases import Metrics, add, pack_parts, pair_samples, reports, score_old
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
-from mcore_rl.run import Run, rollout_sampling
-from mcore_rl.types import SamplingParams
+from mcore_rl.rollout.engine import RolloutEngine
+from mcore_rl.run import Plan, Run, rollout_sampling
 
 
 def evaluate(run: Run) -> Metrics:
@@ -23,16 +22,8 @@ def evaluate(run: Run) -> Metrics:
 
 
 def sampled_accuracy(run: Run) -> Metrics:
-    """What `rollout.collect.evaluate` says of held-out prompts, on every rank."""
-    config, plan = run.plan.config, run.plan
-    params = evaluation_sampling(config)
-
-    def on_engine() -> Metrics:
-        return evaluate_policy(
-            run.engine, plan.task, plan.reward, params, num_prompts=config.evaluate.prompts, seed=config.seed
-        )
-
-    return on_rank_0(run.groups, on_engine)
+    """What `ask` finds, on every rank."""
+    return on_rank_0(run.groups, lambda: ask(run.engine, run.plan))
 
 
 def pairs_ranked(run: Run) -> Metrics:
@@ -48,6 +39,9 @@ def pairs_ranked(run: Run) -> Metrics:
     return {f"eval/{name.replace('/', '_')}": x for name, x in means.items() if name.startswith("pairs/")}
 
 
-def evaluation_sampling(config: RunConfig) -> SamplingParams:
-    """How held-out prompts are answered: once, at the evaluation temperature."""
-    return replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
+def ask(engine: RolloutEngine, plan: Plan) -> Metrics:
+    """Accuracy of an engine on a plan's held-out prompts: each is answered once, at the evaluation temperature."""
+    config = plan.config
+    params = replace(rollout_sampling(config), n=1, temperature=config.evaluate.temperature)
+    prompts, seed = config.evaluate.prompts, config.seed
+    return evaluate_policy(engine, plan.task, plan.reward, params, num_prompts=prompts, seed=seed)

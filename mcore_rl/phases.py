@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from mcore_rl.config import RunConfig
+from mcore_rl.config import RunConfig, due
 from mcore_rl.data.packing import Sample, pack_mini_batch, pad, split_mini_batches
 from mcore_rl.data.preferences import PairIds
 from mcore_rl.functional.reduce import metric_means
@@ -192,7 +192,7 @@ def update(run: Run, mini_batches: MiniBatches, step: int) -> Metrics:
 def updates_exporter(run: Run, step: int) -> Callable[[int], object] | None:
     """Of `moe.export_every`: leaves the policy as updates/step_N/K after optimizer step K of training step N."""
     config = run.plan.config
-    if not config.moe.due(config.moe.export_every, step):
+    if not due(config.moe.export_every, step + 1):
         return None
     return lambda k: export_hf(run.exporter, config.run_dir / f"updates/step_{step + 1:06d}/{k}", config.model.path)
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mcore_rl.config import due
 from mcore_rl.model.forward import forward_only, forward_recorded
 from mcore_rl.parallel.collectives import gather_objects
 from mcore_rl.phases import Metrics, MiniBatches, reports
@@ -38,7 +39,7 @@ class Watched:
 def watch_routers(run: Run, mini_batches: MiniBatches, step: int) -> Watched | None:
     """The policy before the step on this rank's first micro-batches, or None where the step is not looked at."""
     moe, layout = run.plan.config.moe, run.groups.layout
-    if not (moe.due(moe.log_every, step) or moe.due(moe.record_every, step)):
+    if not (due(moe.log_every, step + 1) or due(moe.record_every, step + 1)):
         return None
     count = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds
     batches = [replace(b, expert_ids=None, shift_ids=None) for b in mini_batches[0][:count]]
@@ -57,9 +58,9 @@ def router_metrics(run: Run, before: Watched | None, step: int) -> Metrics:
     moe = run.plan.config.moe
     following = [replace(b, shift_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
     outputs, recorded = forward_recorded(run.policy, following, statistics=True)
-    if moe.due(moe.record_every, step) and reports(run):
+    if due(moe.record_every, step + 1) and reports(run):
         _keep(run, before, recorded, step)
-    if not moe.due(moe.log_every, step):
+    if not due(moe.log_every, step + 1):
         return {}
     on_old = [replace(b, expert_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
     replayed = forward_only(run.policy, on_old)

@@ -1,8 +1,7 @@
 """The training loop. torchrun --nproc-per-node N -m mcore_rl.train CONFIG key.sub=value ...
 
 One step: collect (`collecting`) -> pack -> score -> update -> sync (`phases`) -> evaluate (`evaluating`)
--> log -> checkpoint.
-GAPO's discriminator learns in between (`discriminating`).
+-> log -> checkpoint. GAPO's discriminator learns in between (`discriminating`).
 All ranks run all of it; the rollout engine hangs on rank 0, which tells the others what it generated. With
 `rollout.max_staleness` it generates the batches of coming steps meanwhile.
 """
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 from mcore_rl.collecting import collect_rollouts, finish_rollouts, start_rollouts, with_rollouts
-from mcore_rl.config import RunConfig, load_config
+from mcore_rl.config import RunConfig, due, load_config
 from mcore_rl.discriminating import update_discriminator, warm_up_discriminator
 from mcore_rl.evaluating import evaluate
 from mcore_rl.launch import exit_code, tell
@@ -74,10 +73,10 @@ def train(config: RunConfig) -> Path:
                 done = done.after_step(run.plan.algorithm.kl_coef)
                 with timers("collect"):
                     finish_rollouts(run)
-                if rl or due(config, config.evaluate.every, done.step):
+                if rl or due_or_last(config, config.evaluate.every, done.step):
                     with timers("sync"):
                         metrics |= sync_weights(run, done.policy_version)
-                if due(config, config.evaluate.every, done.step):
+                if due_or_last(config, config.evaluate.every, done.step):
                     with timers("evaluate"):
                         metrics |= evaluate(run)
                 metrics["train/tokens_per_s"] = metrics.pop("num_positions") / timers.seconds["update"]
@@ -88,7 +87,7 @@ def train(config: RunConfig) -> Path:
                 timers = Timers()  # what saving takes is logged with the next step
                 checkpoints.poll()
                 stop = metrics.get("eval/accuracy", -1.0) >= (config.evaluate.stop_at_accuracy or 2.0)
-                if stop or due(config, config.checkpoint.every, done.step):
+                if stop or due_or_last(config, config.checkpoint.every, done.step):
                     with timers("checkpoint"):
                         checkpoints.save(with_rollouts(run, done))
                 if stop:
@@ -98,9 +97,9 @@ def train(config: RunConfig) -> Path:
     return config.run_dir
 
 
-def due(config: RunConfig, every: int, step: int) -> bool:
+def due_or_last(config: RunConfig, every: int, step: int) -> bool:
     """Every `every` steps (0: never), and at the last one."""
-    return step == config.steps or (every > 0 and step % every == 0)
+    return step == config.steps or due(every, step)
 
 
 def checkpoint_writer(run: Run) -> CheckpointWriter:

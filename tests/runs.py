@@ -104,6 +104,18 @@ def tiny(folder: Path, model: Path, /, **sections: Any) -> dict[str, Any]:
     return config
 
 
+def on_examples(folder: Path, model: Path, algorithm: str, /, **sections: Any) -> dict[str, Any]:
+    """A `tiny` run of SFT or DPO on four examples that samples nothing; they have no answer to compare with."""
+    examples = [{"prompt": f"{d}=", "response": f"#{d}", "chosen": f"#{d}", "rejected": d} for d in "2468"]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, examples)))
+    evaluate = {"sample": False} | sections.pop("evaluate", {})
+    config = tiny(folder, model, algorithm={"name": algorithm}, evaluate=evaluate, **sections)
+    del config["reward"]
+    config["data"] = {"task": "file", "train_file": "data.jsonl", "eval_file": "data.jsonl"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return config
+
+
 class Started:
     """One `mcore-rl train` in a process of its own; every process that comes of it carries its mark."""
 

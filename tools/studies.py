@@ -21,6 +21,7 @@ from tools.study_tables import BY_LENGTH, COST, CUT_OFF, DISCRIMINATOR, LEARNING
 
 DEMO = Path("examples/demo")
 STEPS = 60  # half of the demo's, so that three seeds of a study take an afternoon on one core
+OWN_STEPS = ("dpo.yaml", "gapo.yaml")  # as many as they say
 BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false")
 
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
@@ -78,9 +79,8 @@ ARMS: dict[str, Arm] = {
         f"constraints_{name}": Arm(f"{name}.yaml", (*CONSTRAINTS, "steps=20", "batch.mini_batches=4"), "gapo_sft")
         for name in ("ppo", "grpo", "dapo", "gspo", "sapo")
     },
-    "constraints_dpo": Arm(
-        "dpo.yaml", ("evaluate.sample=false",), "gapo_sft"
-    ),  # its pairs have no answer to compare with
+    # its pairs have no answer to compare with
+    "constraints_dpo": Arm("dpo.yaml", ("evaluate.sample=false",), "gapo_sft"),
     "constraints_gapo": Arm("gapo.yaml", (), "gapo_sft"),
 }
 WARM_STARTS = {  # size of the demo's model, the configuration of its SFT and what is changed in it
@@ -130,13 +130,10 @@ def run_arm(folder: Path, seed: int, name: str) -> None:
     """Train one arm with one seed, after the warm start it needs; what is finished is left alone."""
     home, arm = folder / f"seed{seed}", ARMS[name]
     warm_start(home, seed, arm.warm_start)
+    changes = arm.changes if arm.config in OWN_STEPS else (f"steps={STEPS}", *arm.changes)
     if arm.config == "dpo.yaml":
         pairs = make_pairs(home, seed, arm.warm_start)
-        changes = (*arm.changes, *(f"data.{split}_file={pairs}/{split}.jsonl" for split in ("train", "eval")))
-    elif arm.config == "gapo.yaml":
-        changes = arm.changes
-    else:
-        changes = (f"steps={STEPS}", *arm.changes)
+        changes += tuple(f"data.{split}_file={pairs}/{split}.jsonl" for split in ("train", "eval"))
     train(home, name, seed, arm.config, f"model.path={home}/{arm.warm_start}/hf", *changes)
     if arm.warm_start == "sft_mixed":
         for n in LENGTHS:

@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 pytestmark = pytest.mark.gpu
-EXAMPLES = [{"prompt": f"{d}=", "answer": d, "response": f"#{d}", "chosen": f"#{d}", "rejected": d} for d in "2468"]
-
-
-DATA = {"task": "file", "train_file": "data.jsonl", "eval_file": "data.jsonl"}
 
 
 @pytest.fixture
 def start(tmp_path):
     """`start(algorithm, steps, ...)` runs `mcore-rl train` on four examples and returns the rows of its metrics."""
-    from runs import Started, rows, tiny
+    from runs import Started, on_examples, rows
 
     from tools.make_demo_model import make_demo_model
 
     make_demo_model(tmp_path / "model", seed=0)
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
 
     def run(algorithm: str, steps: int, *overrides: str, **sections) -> dict:
-        sections |= {"algorithm": {"name": algorithm}, "evaluate": {"sample": False}, "reward": "regex:^#"}
-        config = tiny(tmp_path, tmp_path / "model", steps=steps, **sections) | {"data": DATA}
-        (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+        config = on_examples(tmp_path, tmp_path / "model", algorithm, steps=steps, **sections)
         with Started(tmp_path, config, *overrides) as started:
             assert started.wait(200) == 0, started.err.read_text()[-4000:]
         return rows(started.run_dir)

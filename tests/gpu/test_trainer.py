@@ -117,17 +117,9 @@ def test_memory_is_the_planned_one(groups, tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_product(dtype):
     """One kernel against one product an expert; the second expert has no rows."""
-    from mcore_rl.model.layers import GroupedProduct
+    from grouped_products import both_ways
 
-    torch.manual_seed(0)
-    splits, x = [3, 0, 120, 7], torch.randn(130, 64, device="cuda", dtype=dtype, requires_grad=True)
-    weights = [torch.randn(48, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in splits]
-    ends = torch.tensor(splits).cumsum(0).to("cuda", torch.int32)
-    apart = torch.cat([part @ weight.T for part, weight in zip(x.split(splits), weights)])
-    grad = torch.randn_like(apart)
-    want = (apart, *torch.autograd.grad(apart, (x, *weights), grad))
-    together = GroupedProduct.apply(x, ends, *weights)
-    got = (together, *torch.autograd.grad(together, (x, *weights), grad))
-    for ours, theirs in zip(got, want):
+    got, want = both_ways([3, 0, 120, 7], (48, 64), device="cuda", dtype=dtype)
+    for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1.6e-2, atol=1e-3 if dtype == torch.float32 else 0.1)
     assert got[3].abs().max() == 0, "the second expert's"

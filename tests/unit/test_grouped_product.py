@@ -1,6 +1,7 @@
 """The experts' product that a GPU takes, against one product an expert."""
 
 import torch
+from grouped_products import both_ways
 
 from mcore_rl.model.layers import GroupedProduct
 
@@ -8,14 +9,7 @@ SPLITS = [3, 0, 2, 2]  # rows; the second expert has none
 
 
 def test_values_and_gradients_are_those_of_one_product_an_expert():
-    torch.manual_seed(0)
-    x = torch.randn(7, 16, requires_grad=True)
-    weights = [torch.randn(24, 16, requires_grad=True) for _ in SPLITS]
-    apart = torch.cat([part @ weight.T for part, weight in zip(x.split(SPLITS), weights)])
-    grad = torch.randn_like(apart)
-    want = (apart, *torch.autograd.grad(apart, (x, *weights), grad))
-    together = GroupedProduct.apply(x, torch.tensor(SPLITS).cumsum(0).to(torch.int32), *weights)
-    for ours, theirs in zip((together, *torch.autograd.grad(together, (x, *weights), grad)), want, strict=True):
+    for ours, theirs in zip(*both_ways(SPLITS, (24, 16)), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

@@ -19,7 +19,7 @@ from mcore_rl.planning.memory import GIB, activations, trained_state
 from mcore_rl.planning.parameters import buffer_numel, held_parameters, model_parameters
 from mcore_rl.planning.plan import plan_run
 from mcore_rl.planning.report import as_json, show
-from tools.bench.weight_plan import QWEN3_30B
+from tools.bench.models import QWEN3_30B
 
 # config.json of the published models, what matters for shapes
 QWEN3_235B = QWEN3_30B | dict(

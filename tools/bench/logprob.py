@@ -16,7 +16,7 @@ import typer
 from torch import Tensor
 
 from mcore_rl.functional.logprob import token_logprobs
-from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
+from tools.bench.side_by_side import check_equal, device_peak_bytes, environment, interleave, show, throughput
 
 MAX_RELATIVE_DIFF = 1e-5
 
@@ -65,12 +65,7 @@ def gradients(way: Callable, hidden: Tensor, weight: Tensor, targets: Tensor) ->
 def peak_bytes(step: Callable[[], object]) -> int:
     """Memory above what was held before, at its most: of the device, or of this process."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return device_peak_bytes(step)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
     before = _of_this_process("VmRSS")
     step()

@@ -13,6 +13,29 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, 
 
 from mcore_rl.types import Prompt
 
+# https://huggingface.co/Qwen/Qwen3-30B-A3B: config.json
+QWEN3_30B = dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+    max_position_embeddings=40960,
+    rope_theta=1000000.0,
+    rms_norm_eps=1e-6,
+    hidden_act="silu",
+)
 SIZES = {
     "tiny": dict(
         vocab_size=512,
@@ -58,19 +81,9 @@ SIZES = {
         num_experts_per_tok=4,
         moe_intermediate_size=384,
     ),
-    # Two of the 48 layers of Qwen3-30B-A3B, for a GPU: 1.8B parameters, a third of them embedding and output matrix.
-    "30B-A3B-2-layers": dict(
-        vocab_size=151936,
-        hidden_size=2048,
-        num_hidden_layers=2,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        head_dim=128,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-    ),
 }
+# Two of the 48 layers of Qwen3-30B-A3B, for a GPU: 1.8B parameters, a third of them embedding and output matrix.
+SIZES["30B-A3B-2-layers"] = {name: QWEN3_30B[name] for name in SIZES["tiny"]} | dict(num_hidden_layers=2)
 # transformers' implementations worth trying on a CPU; batched_mm copies the experts' weights for every token.
 EXPERTS = ("grouped_mm", "eager")
 _MAX_POSITIONS = 4096

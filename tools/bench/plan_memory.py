@@ -34,7 +34,7 @@ from mcore_rl.planning.memory import activations, trained_state
 from mcore_rl.weights.hf_io import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import quiet_stdout
+from tools.bench.side_by_side import device_peak_bytes, quiet_stdout
 
 CHUNK_TOKENS = 256
 VARIANTS = [(dtype, recompute) for dtype in ("float32", "bfloat16") for recompute in ("none", "selective", "full")]
@@ -66,10 +66,7 @@ class PeakMemory(TorchDispatchMode):
 def peak_bytes(step: Callable[[], object]) -> int:
     """The most that `step` holds at once of what it allocates."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        return device_peak_bytes(step)
     with PeakMemory() as memory:
         step()
     return memory.peak

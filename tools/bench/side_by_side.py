@@ -57,6 +57,16 @@ def fastest(candidates: Mapping[str, Callable[[], Any]]) -> str:
     return min(candidates, key=lambda name: timings[name].wall_s if on_gpu else timings[name].cpu_s)
 
 
+def device_peak_bytes(step: Callable[[], Any]) -> int:
+    """What `step` holds at its most of the GPU's memory, above what was held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}

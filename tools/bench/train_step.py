@@ -74,6 +74,9 @@ class PaddedBatch:
     advantages: Tensor  # [N]
     weights: Tensor  # [N]
 
+    def to(self, device: torch.device) -> PaddedBatch:
+        return PaddedBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
 
 def measure(
     folder: Path, num_sequences: int, prompt_tokens: int, response_tokens: int, dtype: str, repeats: int, seed: int
@@ -124,7 +127,8 @@ def _with_old_logprobs(hf: PreTrainedModel, samples: Sequence[Sample], seed: int
     generator = torch.Generator().manual_seed(seed)
     out = []
     for sample in samples:
-        (batch,) = _padded_batches([sample], sample.positions, hf.device)
+        (batch,) = _padded_batches([sample], sample.positions)
+        batch = batch.to(hf.device)
         logprobs = _logprobs(hf, batch)
         noisy = logprobs + OLD_LOGPROB_NOISE * torch.randn(logprobs.shape, generator=generator).to(hf.device)
         out.append(replace(sample, rollout_logprobs=tuple(noisy.tolist())))
@@ -164,18 +168,18 @@ def megatron_side(
     return Side(accumulate, gradients, training.step, work)
 
 
-def _padded_batches(samples: Sequence[Sample], budget: int, device: torch.device) -> list[PaddedBatch]:
+def _padded_batches(samples: Sequence[Sample], budget: int) -> list[PaddedBatch]:
     """Sequences of similar length together, so that little is padding; as many as fit the budget with it."""
     ordered = sorted(samples, key=lambda s: -s.positions)
     batches, start = [], 0
     while start < len(ordered):
         count = max(1, budget // ordered[start].positions)
-        batches.append(_pad(ordered[start : start + count], len(samples), device))
+        batches.append(_pad(ordered[start : start + count], len(samples)))
         start += count
     return batches
 
 
-def _pad(samples: Sequence[Sample], num_sequences: int, device: torch.device) -> PaddedBatch:
+def _pad(samples: Sequence[Sample], num_sequences: int) -> PaddedBatch:
     longest = samples[0].positions
     token_ids = torch.tensor([s.token_ids[:-1] + (0,) * (longest - s.positions) for s in samples])
     column = torch.arange(longest)
@@ -184,12 +188,12 @@ def _pad(samples: Sequence[Sample], num_sequences: int, device: torch.device) ->
     per_token = [(s.advantage, 1 / (num_sequences * s.num_response)) for s in samples for _ in range(s.num_response)]
     advantages, weights = torch.tensor(per_token).unbind(1)
     return PaddedBatch(
-        token_ids=token_ids.to(device),
-        loss_mask=((column >= first) & (column < last)).to(device),
-        targets=torch.tensor([t for s in samples for t in s.token_ids[-s.num_response :]], device=device),
-        old_logprobs=torch.tensor([x for s in samples for x in s.rollout_logprobs], device=device),
-        advantages=advantages.to(device),
-        weights=weights.to(device),
+        token_ids=token_ids,
+        loss_mask=(column >= first) & (column < last),
+        targets=torch.tensor([t for s in samples for t in s.token_ids[-s.num_response :]]),
+        old_logprobs=torch.tensor([x for s in samples for x in s.rollout_logprobs]),
+        advantages=advantages,
+        weights=weights,
     )
 
 
@@ -220,7 +224,7 @@ def _rival(hf: PreTrainedModel, samples: Sequence[Sample]) -> Side:
         optimizer.step()
 
     settings = {
-        f"{experts}, {budget} tokens": (experts, _padded_batches(samples, budget, hf.device))
+        f"{experts}, {budget} tokens": (experts, [batch.to(hf.device) for batch in _padded_batches(samples, budget)])
         for experts in EXPERTS
         for budget in MICRO_BATCH_TOKENS
     }

@@ -17,34 +17,13 @@ from transformers import DeepseekV3Config, PretrainedConfig, Qwen3MoeConfig
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.parameters import model_parameters
 from mcore_rl.weights.plan import plan_between
+from tools.bench.models import QWEN3_30B
 from tools.bench.side_by_side import environment, spread
 
 BF16_BYTES = 2
 TRAINER = ParallelLayout(tp=2, pp=2, dp=8, ep=8)
 RECEIVER = ParallelLayout(tp=4, dp=4, ep=16)
-# https://huggingface.co/Qwen/Qwen3-30B-A3B and https://huggingface.co/deepseek-ai/DeepSeek-V3: config.json
-QWEN3_30B = dict(
-    architectures=["Qwen3MoeForCausalLM"],
-    model_type="qwen3_moe",
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=6144,
-    moe_intermediate_size=768,
-    num_hidden_layers=48,
-    num_attention_heads=32,
-    num_key_value_heads=4,
-    head_dim=128,
-    num_experts=128,
-    num_experts_per_tok=8,
-    decoder_sparse_step=1,
-    mlp_only_layers=[],
-    norm_topk_prob=True,
-    tie_word_embeddings=False,
-    max_position_embeddings=40960,
-    rope_theta=1000000.0,
-    rms_norm_eps=1e-6,
-    hidden_act="silu",
-)
+# https://huggingface.co/deepseek-ai/DeepSeek-V3: config.json
 MODELS: dict[str, PretrainedConfig] = {
     "Qwen3-30B-A3B": Qwen3MoeConfig(**QWEN3_30B),
     # the 61 layers of the model proper, without the module that predicts a second token
