@@ -53,6 +53,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_grad: float = Field(1.0, ge=0)  # global norm; 0 turns clipping off
+    offload: bool = False  # its state waits in the host's memory between steps; critic and discriminator too
 
 
 class BatchConfig(Section):
@@ -100,6 +101,7 @@ class WeightSyncConfig(Section):
 
 class ReferenceConfig(Section):
     path: str | None = None  # HF folder of the frozen policy; None: model.path
+    offload: bool = False  # its weights wait in the host's memory until it scores
     precompute: bool = True  # preference pairs: score all of them before training, then hold no reference model
     cache_dir: str | None = None  # of precomputed log-probs; None: OUTPUT_DIR/reference_logprobs
     max_logprob_diff: float = Field(0.0, ge=0)  # of policy and reference before the first step on pairs
@@ -140,6 +142,7 @@ class DiscriminatorConfig(Section):
 
 class RewardModelConfig(Section):
     path: str | None = None  # HF folder of a sequence classifier with one label: its score is the reward
+    offload: bool = False  # its weights wait in the host's memory until it scores
 
 
 class DataConfig(Section):

@@ -28,7 +28,7 @@ class Finding:
 def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     """Everything suspicious in a configuration whose values are all allowed one by one."""
     found = _gradients(config, algorithm) + _ratios(config, algorithm) + _mismatch(config, algorithm)
-    found += _staleness(config, algorithm)
+    found += _staleness(config, algorithm) + _offload(config, algorithm)
     if isinstance(algorithm, GAPO):
         found += _discriminator(config, algorithm)
     return sorted(found, key=lambda finding: finding.level)
@@ -62,6 +62,16 @@ def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
         message = f"the critic learns alone for all steps={config.steps}; the policy never moves"
         found.append(Finding("error", "critic.warmup_steps", message))
     return found
+
+
+def _offload(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    """What is to wait in the host's memory without ever being loaded."""
+    in_loop = "reference" in algorithm.needs and not ("pairs" in algorithm.needs and config.reference.precompute)
+    return [
+        Finding("warning", f"{name}.offload", f"the run holds no {name.replace('_', ' ')}; it does nothing")
+        for name, held in (("reference", in_loop), ("reward_model", config.reward_model.path is not None))
+        if getattr(config, name).offload and not held
+    ]
 
 
 def _teaches_alone(algorithm: Algorithm) -> bool:

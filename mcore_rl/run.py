@@ -21,6 +21,7 @@ from mcore_rl.metrics import RunLog
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Policy, Scorer
+from mcore_rl.model.offload import frozen_weights
 from mcore_rl.model.optimizer import Training, build_training, freeze_routers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0, require_equal
@@ -34,7 +35,7 @@ from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
 from mcore_rl.routing import check_routing, returns_routes, router_header, with_routers
-from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, load_scorer
+from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, reward_scorer
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
 from mcore_rl.weights.shards import megatron_shards
@@ -197,9 +198,6 @@ def open_run(plan: Plan) -> Iterator[Run]:
         critic, discriminator = (
             Scorer(trained[role].chunks, groups) if role in trained else None for role in ("critic", "discriminator")
         )
-        reward_model = None
-        if config.reward_model.path is not None:
-            reward_model = Scorer(load_scorer(config.reward_model.path, config, groups), groups)
         folder = config.run_dir / "checkpoints"
         start = (load_checkpoint(folder, trained, groups) if config.resume else None) or Progress()
         if start.kl_coef is not None:
@@ -230,7 +228,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             reference_logprobs=None,
             critic=critic,
             discriminator=discriminator,
-            reward_model=reward_model,
+            reward_model=reward_scorer(config, groups),
             exporter=exporter,
             engine=engine,
             rollouts=engine and open_ahead(engine, rollout_sampling(config), config.rollout, plan.task, start.ahead),
@@ -285,7 +283,10 @@ def precomputes_reference(plan: Plan) -> bool:
 
 def load_reference(plan: Plan, groups: Groups) -> Policy:
     """The frozen policy that KL terms and preference losses compare with."""
-    return _policy(plan, groups, _load_policy(plan, groups, plan.config.reference.path or plan.config.model.path))
+    config = plan.config
+    chunks = _load_policy(plan, groups, config.reference.path or config.model.path)
+    host = frozen_weights(chunks, groups.device) if config.reference.offload else None
+    return replace(_policy(plan, groups, chunks), host=host)
 
 
 def _load_policy(plan: Plan, groups: Groups, path: str) -> list:

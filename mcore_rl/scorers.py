@@ -11,7 +11,9 @@ from transformers import AutoTokenizer, PretrainedConfig
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig
 from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.forward import Scorer
 from mcore_rl.model.heads import as_scorer
+from mcore_rl.model.offload import frozen_weights
 from mcore_rl.model.optimizer import Training, build_training
 from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
@@ -67,6 +69,14 @@ def load_scorer(path: str, config: RunConfig, groups: Groups) -> list[Module]:
     shards = megatron_shards(chunks, hf_config, groups)
     load_weights(path, shards if is_scorer(read_hf_config(path)) else [s for s in shards if s.hf_name != SCORE])
     return chunks
+
+
+def reward_scorer(config: RunConfig, groups: Groups) -> Scorer | None:
+    """The reward model, where the run has one."""
+    if config.reward_model.path is None:
+        return None
+    chunks = load_scorer(config.reward_model.path, config, groups)
+    return Scorer(chunks, groups, frozen_weights(chunks, groups.device) if config.reward_model.offload else None)
 
 
 def scorer_config(path: str) -> PretrainedConfig:

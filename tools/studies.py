@@ -27,6 +27,9 @@ BESIDE = ("parallel.ep=1", "rollout.placement=child", "logging.tensorboard=false
 MIXED = ("data.params.n=20", "data.params.min_n=6", "rollout.max_response_tokens=23")
 CUT = (*MIXED, "rollout.max_response_tokens=16")  # nearly half of the prompts have answers that do not fit
 
+FAST = ("steps=20", "optimizer.lr=4e-4", "optimizer.schedule=constant", "evaluate.every=20", "checkpoint.every=0")
+WATCHED = ("moe.log_every=1",)
+
 CONSTRAINTS = (  # GAPO's task and batches, for the others: there the rule checker is the reward
     "data.task=digit_constraints",
     *(f"data.params.{x}" for x in ("min_length=4", "max_length=4", "min_forbidden=2", "max_forbidden=6")),
@@ -63,6 +66,16 @@ ARMS: dict[str, Arm] = {
         )
         for lr in ("1e-4", "2e-4", "4e-4")
     },
+    **{  # twice the learning rate at once: who loses the policy in the first rollouts, seen at every one of them
+        f"fall_{name}": Arm(f"{config}.yaml", (*FAST, *changes), warm_start)
+        for name, config, changes, warm_start in (
+            *((name, name, WATCHED, "sft") for name in ("grpo", "dapo", "gspo", "sapo")),
+            ("grpo_r2", "grpo", (*WATCHED, "moe.routing_replay=old"), "sft"),
+            ("sapo_r2", "sapo", (*WATCHED, "moe.routing_replay=old"), "sft"),
+            ("grpo_dense", "grpo", (), "sft_dense"),
+            ("sapo_dense", "sapo", (), "sft_dense"),
+        )
+    },
     **{
         f"mixed_{aggregation}": Arm("grpo.yaml", (f"algorithm.aggregation={aggregation}", *MIXED), "sft_mixed")
         for aggregation in ("sequence_mean", "token_mean")
@@ -96,6 +109,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
     "clip_higher": ("grpo", "grpo_clip_higher", "grpo_no_clip", "dapo"),
     "group_size": ("grpo_g2", "grpo_g4", "grpo", "grpo_g16"),
     "learning_rate": tuple(name for name in ARMS if "_lr" in name),
+    "fall": tuple(name for name in ARMS if name.startswith("fall_")),
     "token_loss": ("mixed_sequence_mean", "mixed_token_mean"),
     "overlong": ("cut_counted", "cut_filtered", "cut_punished"),
     "constraints": tuple(f"constraints_{name}" for name in ("ppo", "dpo", "grpo", "gapo", "dapo", "gspo", "sapo")),
@@ -120,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "token_loss": BY_LENGTH,
             "overlong": (*BY_LENGTH, *CUT_OFF),
             "learning_rate": ROUTING,
+            "fall": ROUTING,
             "constraints": DISCRIMINATOR,
         }
         learning = LEARNING + more.get(args.study, ())

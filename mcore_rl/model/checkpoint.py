@@ -93,6 +93,8 @@ def _load(folder: Path, training: Training, groups: Groups) -> Progress:
     for i, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{i}"], strict=True)
     training.optimizer.load_state_dict(state["optimizer"])
+    if training.host is not None:
+        training.host.park()
     training.scheduler.load_state_dict(state["scheduler"])
     if "rng" in state:
         torch.set_rng_state(state["rng"]["torch"])

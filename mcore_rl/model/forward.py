@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from mcore_rl.functional.logprob import token_logprobs
+from mcore_rl.model.offload import HostMemory, in_use
 from mcore_rl.parallel.context import context_ranks
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
@@ -37,6 +38,7 @@ class Model(Protocol):
     chunks: Sequence[Module]  # one a virtual pipeline stage, wrapped by DDP where it is trained
     groups: Groups
     routers: Routers | None  # where there are, a batch that holds expert_ids is routed by them
+    host: HostMemory | None  # where the weights are while nothing runs; None: always on the device
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         """From the last chunk's hidden states, [T, 1, D] or under sequence parallelism this rank's [T/tp, 1, D].
@@ -63,6 +65,7 @@ class Policy:
     chunk_tokens: int = 1024
     routers: Routers | None = None
     fp32_head: bool = False
+    host: HostMemory | None = None
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
         # both sum the gradients that the tensor ranks' vocabulary shares send back
@@ -96,6 +99,7 @@ class Scorer:
 
     chunks: Sequence[Module]
     groups: Groups
+    host: HostMemory | None = None
     routers: ClassVar[None] = None
 
     def read(self, chunk: Module, batch: PackedBatch, hidden: Tensor) -> PolicyOutput:
@@ -179,15 +183,16 @@ def _run(
         replayed = [model.routers is not None and batch.expert_ids is not None for batch in batches]
         passages = [_passage(model, batch) if replay else None for batch, replay in zip(batches, replayed)]
     iterators = [zip(batches, passages, strict=True) for _ in model.chunks]
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, model, reduce),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=list(model.chunks) if len(model.chunks) > 1 else model.chunks[0],
-        num_microbatches=len(batches),
-        seq_length=max(b.token_ids.numel() for b in batches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with in_use(model.host):
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, model, reduce),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=list(model.chunks) if len(model.chunks) > 1 else model.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(b.token_ids.numel() for b in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def _forward_step(

@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 from torch.nn import Module
 
 from mcore_rl.config import OptimizerConfig, ParallelConfig
+from mcore_rl.model.offload import HostMemory, in_use, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Training:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    host: HostMemory | None = None  # of the optimizer's state between steps, where it is offloaded
 
     def zero_grad(self) -> None:
         for chunk in self.chunks:
@@ -35,7 +37,10 @@ class Training:
             (global gradient norm before clipping, learning rate used).
         """
         lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
+        with in_use(self.host):
+            _, grad_norm, _ = self.optimizer.step()
+            if self.host is not None:
+                self.optimizer.zero_grad()  # drops the main weights' own copies of the gradients
         self.scheduler.step(increment=1)
         return float(grad_norm), lr
 
@@ -95,4 +100,6 @@ def build_training(
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = megatron_optimizer.scale_loss
-    return Training(wrapped, megatron_optimizer, scheduler)
+    device = next(wrapped[0].parameters()).device
+    host = optimizer_state(megatron_optimizer, wrapped, device) if optimizer.offload else None
+    return Training(wrapped, megatron_optimizer, scheduler, host)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig
@@ -18,7 +19,7 @@ TRANSFER_BUFFERS = {"nccl": 2 * GIB, "ipc": GIB, "shm": 0, "gloo": 0}  # on rank
 GATHER_BUCKET = GIB // 8  # mcore_rl/weights/sync.py
 ASSUMED_PROMPT_TOKENS = 1024
 
-When = Literal["always", "training", "rollout"]
+When = Literal["always", "scoring", "passes", "step", "rollout"]  # passes: forward and backward; step: the optimizer's
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class Place:
 
     def peak_bytes(self, engine_sleeps: bool) -> int:
         """An engine that sleeps while the trainer works leaves its memory: only the larger of the two phases counts."""
-        always, training, rollout = (
-            sum(u.bytes for u in self.uses if u.when == when) for when in ("always", "training", "rollout")
-        )
-        return always + (max(training, rollout) if engine_sleeps else training + rollout)
+        by_phase = {when: sum(u.bytes for u in self.uses if u.when == when) for when in get_args(When)}
+        training = max(by_phase[when] for when in ("scoring", "passes", "step"))
+        rollout = by_phase["rollout"]
+        return by_phase["always"] + (max(training, rollout) if engine_sleeps else training + rollout)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def estimate(
             places.append(Place(_name(layout, ranks[:hosts]), ranks[:hosts], parameters, uses + beside))
         if ranks[hosts:]:
             places.append(Place(_name(layout, ranks[hosts:]), ranks[hosts:], parameters, uses))
-    host = dict(_host(config, models, engine, backend, length)) if engine is not None else {}
+    host = _offloaded(places, hardware.gpus_per_node)
+    host |= dict(_host(config, models, engine, backend, length)) if engine is not None else {}
     return Estimate(config, layout, hardware, models, schedule, tuple(places), engine, host, prompt_tokens)
 
 
@@ -197,11 +199,13 @@ def _trainer(
     for role, hf in {"policy": models.policy, **models.scorers}.items():
         state = trained_state(hf, layout, stage, config.model, config.optimizer, config.parallel)
         parameters[role] = state.parameters
-        uses += [Use(role, what, getattr(state, what)) for what in ("weights", "gradients", "optimizer")]
+        uses += [Use(role, what, getattr(state, what)) for what in ("weights", "gradients")]
+        uses.append(Use(role, "optimizer", state.optimizer, "step" if config.optimizer.offload else "always"))
     for role, hf in models.frozen.items():
         state = frozen_state(hf, layout, stage, config.model)
         parameters[role] = state.parameters
-        uses.append(Use(role, "weights", state.weights))
+        offload = {"reference": config.reference, "reward model": config.reward_model}[role].offload
+        uses.append(Use(role, "weights", state.weights, "scoring" if offload else "always"))
     of_micro_batch = activations(
         models.shape,
         layout,
@@ -212,9 +216,9 @@ def _trainer(
         models.policy.vocab_size,
     )
     kept = of_micro_batch.kept * _in_flight(layout, stage, schedule.micro_batches)
-    uses.append(Use("policy", "activations", kept + of_micro_batch.working, "training"))
+    uses.append(Use("policy", "activations", kept + of_micro_batch.working, "passes"))
     if of_micro_batch.logits:
-        uses.append(Use("policy", "logits", of_micro_batch.logits, "training"))
+        uses.append(Use("policy", "logits", of_micro_batch.logits, "passes"))
     uses.append(Use("other", "reserve", RESERVE))
     if layout.world_size > 1:
         uses.append(Use("other", "weight transfer", GATHER_BUCKET, "rollout"))
@@ -251,6 +255,17 @@ def _beside_the_engine(engine: Engine, backend: str) -> Iterator[Use]:
         yield Use("engine", "KV cache", max(0, engine.kv_cache), "rollout")
         yield Use("engine", "workspace", ENGINE_WORKSPACE)
     yield Use("engine", "weight transfer", TRANSFER_BUFFERS[backend], "rollout")
+
+
+def _offloaded(places: Iterable[Place], gpus_per_node: int) -> dict[str, int]:
+    """Main memory of the first node in which weights and states wait."""
+    host: Counter[str] = Counter()
+    for place in places:
+        ranks = sum(rank < gpus_per_node for rank in place.ranks)
+        for use in place.uses:
+            if use.when in ("scoring", "step"):
+                host[f"the {use.role}'s {use.what}, offloaded"] += use.bytes * ranks
+    return {name: size for name, size in host.items() if size}
 
 
 def _host(config: RunConfig, models: Models, engine: Engine, backend: str, length: int) -> Iterator[tuple[str, int]]:

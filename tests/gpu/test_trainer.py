@@ -49,6 +49,23 @@ def test_device_and_nccl(groups, monkeypatch):
         _local_device()
 
 
+def test_what_waits_in_the_host_takes_no_memory_of_the_gpu(groups):
+    """Nor does it after it was used; its memory in the host is pinned."""
+    from mcore_rl.model.offload import HostMemory
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    tensor = torch.ones(2**20, device=groups.device)
+    assert torch.cuda.memory_allocated() - before == 2**22
+    memory = HostMemory(lambda: [tensor], groups.device, change=True)
+    for _ in range(2):
+        assert torch.cuda.memory_allocated() == before and tensor.is_pinned()
+        with memory.on_device():
+            assert tensor.device == groups.device and torch.cuda.memory_allocated() - before == 2**22
+            tensor += 1
+    assert tensor.unique().tolist() == [3.0]
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_logprobs_are_those_of_transformers_in_fp32(folder, groups, spec):
     from trainer_kit import hf_logprobs, logprobs

@@ -26,6 +26,7 @@ ONE_STEP, R2 = {"batch": {"mini_batches": 1}}, {"moe": {"routing_replay": "old"}
 BF16_ENGINE = {"rollout": {"dtype": "bfloat16"}} | QUIET
 MASK = GRPO | {"correction": "mask_seq_geo"}
 DAPO = {"name": "dapo", "overlong_cache": 64}
+KL, OFFLOAD, LOADED = GRPO | {"kl_coef": 0.1}, {"reference": {"offload": True}}, {"reward_model": {"offload": True}}
 COLD, FROZEN = {"discriminator": {"warmup_rounds": 0}}, {"discriminator_steps": 0}
 TRAINED = {"discriminator": {"warmup_rounds": 0, "path": "d"}}
 SMOOTH, PAIRS = {"label_smoothing": 0.1}, {"discriminator_objective": "bradley_terry"}
@@ -45,6 +46,8 @@ FOUR_OFF, FOUR_OFF_PARTIAL = {"rollout": {"max_staleness": 4}}, {"rollout": {"ma
         ("error", "critic.warmup_steps", (PPO, ALL_WARMUP), (GRPO, ALL_WARMUP)),
         ("error", "evaluate.stop_at_accuracy", (SFT, UNASKED), (SFT, WAITS)),
         ("warning", "model.moe_aux_loss_coef", (GRPO, AUX), (SFT, AUX)),
+        ("warning", "reference.offload", (GRPO, OFFLOAD), (KL, OFFLOAD)),
+        ("warning", "reward_model.offload", (GRPO, LOADED), (GRPO, {"reward_model": {"offload": True, "path": "r"}})),
         (
             "warning",
             "algorithm.aggregation",

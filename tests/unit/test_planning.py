@@ -211,9 +211,29 @@ def test_a_sleeping_engine_and_the_trainer_take_turns(folder):
     awake, _ = planned(folder)
     asleep, _ = planned(folder, rollout={"sleep": True})
     place = asleep.places[0]
-    sums = {w: sum(u.bytes for u in place.uses if u.when == w) for w in ("always", "training", "rollout")}
-    assert asleep.peak_bytes(place) == sums["always"] + max(sums["training"], sums["rollout"])
+    sums = {w: sum(u.bytes for u in place.uses if u.when == w) for w in ("always", "passes", "rollout")}
+    assert asleep.peak_bytes(place) == sums["always"] + max(sums["passes"], sums["rollout"])
     assert awake.peak_bytes(place) == sum(sums.values())
+
+
+def test_what_is_offloaded_takes_turns_with_the_rest_and_waits_in_the_host(folder):
+    kl = {"algorithm": {"name": "grpo", "kl_coef": 0.1}}
+    held, _ = planned(folder, **kl)
+    moved, _ = planned(folder, **kl, reference={"offload": True}, optimizer={"offload": True})
+    for before, after in zip(held.places, moved.places, strict=True):
+        of = {(u.role, u.what): u.bytes for u in before.uses}
+        reference, state, passes = of["reference", "weights"], of["policy", "optimizer"], of["policy", "activations"]
+        passes += of.get(("policy", "logits"), 0)
+        freed = reference + state + passes - max(reference, state, passes)
+        assert before.peak_bytes(False) - after.peak_bytes(False) == freed > 0
+    first_node = [(p, len([r for r in p.ranks if r < 8])) for p in moved.places]
+    assert moved.host_bytes["the reference's weights, offloaded"] == sum(
+        n * u.bytes for p, n in first_node for u in p.uses if u.role == "reference"
+    )
+    assert moved.host_bytes.keys() - held.host_bytes.keys() == {
+        "the reference's weights, offloaded",
+        "the policy's optimizer, offloaded",
+    }
 
 
 def test_roles(folder):
