@@ -30,13 +30,16 @@ class ModelConfig(Section):
     freeze_router: bool = False  # router weights keep their values; gradients still flow through the gates
 
 
-class ParallelConfig(Section):
+class LayoutConfig(Section):
     tp: int = Field(1, ge=1)  # tensor; >1 turns sequence parallelism on
     pp: int = Field(1, ge=1)  # pipeline
     vpp: int = Field(1, ge=1)  # model chunks a pipeline stage (interleaved schedule)
     cp: int = Field(1, ge=1)  # context
     ep: int = Field(1, ge=1)  # expert
     etp: int = Field(1, ge=1)  # expert tensor
+
+
+class ParallelConfig(LayoutConfig):
     distributed_optimizer: bool = False
     timeout_s: float = Field(600, gt=0)  # a collective that waits longer ends the run with a message
 
@@ -101,7 +104,9 @@ class WeightSyncConfig(Section):
 
 class ReferenceConfig(Section):
     path: str | None = None  # HF folder of the frozen policy; None: model.path
+    parallel: LayoutConfig | None = None  # over the same ranks; None: the policy's
     offload: bool = False  # its weights wait in the host's memory until it scores
+    update_every: int = Field(0, ge=0)  # training steps after which it becomes the policy of then; 0: never
     precompute: bool = True  # preference pairs: score all of them before training, then hold no reference model
     cache_dir: str | None = None  # of precomputed log-probs; None: OUTPUT_DIR/reference_logprobs
     max_logprob_diff: float = Field(0.0, ge=0)  # of policy and reference before the first step on pairs

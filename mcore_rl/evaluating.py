@@ -7,7 +7,8 @@ from dataclasses import replace
 from mcore_rl.functional.reduce import metric_means
 from mcore_rl.model.forward import forward_only
 from mcore_rl.parallel.collectives import on_rank_0, sum_over_ranks
-from mcore_rl.phases import Metrics, add, pack_parts, pair_samples, reports, score_old
+from mcore_rl.phases import Metrics, add, pack_parts, pair_samples, reports
+from mcore_rl.prescoring import score_old
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.run import Plan, Run, rollout_sampling

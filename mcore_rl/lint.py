@@ -10,6 +10,7 @@ from mcore_rl.algorithms.dapo import DAPO
 from mcore_rl.algorithms.gapo import GAPO
 from mcore_rl.algorithms.gspo import GSPO
 from mcore_rl.config import RunConfig
+from mcore_rl.policies import holds_reference
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 
 
@@ -28,7 +29,7 @@ class Finding:
 def lint(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     """Everything suspicious in a configuration whose values are all allowed one by one."""
     found = _gradients(config, algorithm) + _ratios(config, algorithm) + _mismatch(config, algorithm)
-    found += _staleness(config, algorithm) + _offload(config, algorithm)
+    found += _staleness(config, algorithm) + _frozen(config, algorithm)
     if isinstance(algorithm, GAPO):
         found += _discriminator(config, algorithm)
     return sorted(found, key=lambda finding: finding.level)
@@ -64,14 +65,15 @@ def _gradients(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
     return found
 
 
-def _offload(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
-    """What is to wait in the host's memory without ever being loaded."""
-    in_loop = "reference" in algorithm.needs and not ("pairs" in algorithm.needs and config.reference.precompute)
-    return [
-        Finding("warning", f"{name}.offload", f"the run holds no {name.replace('_', ' ')}; it does nothing")
-        for name, held in (("reference", in_loop), ("reward_model", config.reward_model.path is not None))
-        if getattr(config, name).offload and not held
-    ]
+def _frozen(config: RunConfig, algorithm: Algorithm) -> list[Finding]:
+    """What is said of models that are never loaded."""
+    held = holds_reference(config, algorithm)
+    asked = (
+        ("reference.offload", config.reference.offload and not held),
+        ("reference.update_every", config.reference.update_every and not held),
+        ("reward_model.offload", config.reward_model.offload and config.reward_model.path is None),
+    )
+    return [Finding("warning", key, "the run holds no such model; it does nothing") for key, idle in asked if idle]
 
 
 def _teaches_alone(algorithm: Algorithm) -> bool:

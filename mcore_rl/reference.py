@@ -1,8 +1,9 @@
-"""The frozen reference on given responses: scored once, kept on disk, read by every later run.
+"""What the frozen reference says of responses, in whatever layout it has, and how it follows the policy.
 
-A file holds the log-probs of all pairs of a data set under one key: weights, tokenizer and template, data, and whatever
-decides the last bit of a log-prob. Settings of the algorithm, the optimizer and the seed are not part of it, so a sweep
-over them scores once. A file that is found saves loading the reference at all.
+Given responses are scored once, kept on disk and read by every later run. A file holds the log-probs of all pairs of a
+data set under one key: weights, tokenizer and template, data, and whatever decides the last bit of a log-prob. Settings
+of the algorithm, the optimizer and the seed are not part of it, so a sweep over them scores once. A file that is found
+saves loading the reference at all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mcore_rl.config import due
 from mcore_rl.data.packing import Sample
-from mcore_rl.model.forward import forward_only
+from mcore_rl.model.forward import Policy, forward_only
+from mcore_rl.model.offload import in_use
 from mcore_rl.parallel.collectives import gather_objects, max_over_ranks, on_rank_0
 from mcore_rl.phases import largest, pack_parts, pair_samples, reports
-from mcore_rl.run import Plan, Run, load_reference, precomputes_reference
+from mcore_rl.policies import load_reference, precomputes_reference
+from mcore_rl.run import Plan, Run
 from mcore_rl.types import PackedBatch
+from mcore_rl.weights.reshard import reshard
 
 PAIRS_AT_ONCE = 512  # whose tensors exist at the same time
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
@@ -46,20 +51,20 @@ class GivenLogprobs:
     def of(self, batch: PackedBatch) -> Tensor:
         """[T], 0 where nothing was sampled."""
         out = torch.zeros(batch.token_ids.numel())
-        for digest, places in sequences(batch):
-            out[places] = self.rows[digest]
+        for tokens, places in sequences(batch):
+            out[places] = self.rows[digest_of(tokens, len(places))]
         return out.to(batch.token_ids.device)
 
 
-def sequences(batch: PackedBatch) -> Iterator[tuple[bytes, Tensor]]:
-    """(digest, places of the response tokens in the batch) of every sequence that has any."""
+def sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
+    """(tokens, places of the response tokens in the batch) of every sequence that has any."""
     token_ids, targets, mask = (x.cpu() for x in (batch.token_ids, batch.targets, batch.loss_mask))
     bounds = batch.cu_seqlens.tolist()
     for a, b in zip(bounds, bounds[1:]):
         places = a + mask[a:b].nonzero()[:, 0]
         if len(places):
             end = int(places[-1]) + 1  # what follows fills the segment up
-            yield digest_of(torch.cat([token_ids[a:end], targets[end - 1 : end]]), len(places)), places
+            yield torch.cat([token_ids[a:end], targets[end - 1 : end]]), places
 
 
 def digest_of(tokens: Tensor, num_response: int) -> bytes:
@@ -74,7 +79,7 @@ def with_reference(run: Run) -> Run:
     Raises:
         ValueError: the policy starts as its own reference, and they give other log-probs.
     """
-    if precomputes_reference(run.plan):
+    if precomputes_reference(run.plan.config, run.plan.algorithm):
         started = time.perf_counter()
         description = on_rank_0(run.groups, lambda: describe(run.plan))
         path = cache_file(run.plan, description)
@@ -96,18 +101,15 @@ def check_start(run: Run) -> None:
     """Policy and reference are one model before the first step, so every margin must be exactly 0."""
     (batches,) = pack_parts(run, [held_out_samples(run)])
     policy = [o.logprobs for o in forward_only(run.policy, batches)]
-    if run.reference_logprobs is not None:
-        reference = [run.reference_logprobs.of(b) for b in batches]
-    else:
-        reference = [o.logprobs for o in forward_only(run.reference, batches)]
+    reference = reference_logprobs(run, batches)
     worst = max_over_ranks(run.groups, largest([p - r for p, r in zip(policy, reference)]) if reports(run) else 0.0)
     limit = run.plan.config.reference.max_logprob_diff
     if not worst <= limit:
         raise ValueError(
             "the policy starts as its reference, but their log-probs of the held-out pairs differ by up to "
-            f"{worst:.3g}; allowed is reference.max_logprob_diff={limit:g}. Kernels that are not deterministic do so: "
-            "raise it to what they may do. If the policy is meant to start elsewhere, name the reference in "
-            "reference.path"
+            f"{worst:.3g}; allowed is reference.max_logprob_diff={limit:g}. Kernels that are not deterministic do so, "
+            "and other layouts: raise it to what they may do. If the policy is meant to start elsewhere, name the "
+            "reference in reference.path"
         )
 
 
@@ -115,6 +117,42 @@ def held_out_samples(run: Run) -> list[Sample]:
     """Of the pairs that `evaluate` takes, each sequence once."""
     pairs = run.plan.task.eval_pairs(run.plan.config.evaluate.prompts)
     return list(dict.fromkeys(sample for pair in pairs for sample in pair_samples(pair)))
+
+
+def reference_logprobs(run: Run, batches: list[PackedBatch]) -> list[Tensor]:
+    """[T] of each of this rank's batches; an empty list where there is no reference, or another stage knows them."""
+    reference = run.reference
+    if run.reference_logprobs is not None:
+        return [run.reference_logprobs.of(b) for b in batches]
+    if reference is None:
+        return []
+    if reference.groups is run.groups:
+        return [o.logprobs for o in forward_only(reference, batches)]
+    mine = [(tokens.tolist(), len(places)) for b in batches for tokens, places in sequences(b)]
+    everyone = gather_objects(run.groups, mine if reports(run) else [])
+    samples = [Sample(tuple(tokens), n, 0.0, (0.0,) * n) for part in everyone for tokens, n in part]
+    given = GivenLogprobs(score(run, reference, samples))
+    return [given.of(b) for b in batches]
+
+
+def score(run: Run, policy: Policy, samples: list[Sample]) -> dict[bytes, Tensor]:
+    """Log-probs of all samples by their digests, on every rank, from a policy in any layout of the run's ranks."""
+    (batches,) = pack_parts(run, [samples], groups=policy.groups)
+    mine: dict[bytes, Tensor] = {}
+    for batch, out in zip(batches, forward_only(policy, batches)):
+        logprobs = out.logprobs.cpu()
+        mine |= {digest_of(tokens, len(places)): logprobs[places].clone() for tokens, places in sequences(batch)}
+    rows: dict[bytes, Tensor] = {}
+    for found in gather_objects(run.groups, mine if policy.groups.reports else {}):
+        rows |= found
+    return rows
+
+
+def update_reference(run: Run, step: int) -> None:
+    """Let the reference become the policy after `step` training steps, where that is due; collective."""
+    if run.reference is not None and due(run.plan.config.reference.update_every, step):
+        with in_use(run.reference.host, change=True):
+            reshard(run.plan.hf_config, run.policy, run.reference)
 
 
 def score_all(run: Run) -> dict[bytes, Tensor]:
@@ -126,26 +164,20 @@ def score_all(run: Run) -> dict[bytes, Tensor]:
     samples = [[s for pair in part for s in pair_samples(pair)] for part in parts] + [held_out_samples(run)]
     rows: dict[bytes, Tensor] = {}
     for part in samples:
-        (batches,) = pack_parts(run, [part])
-        mine: dict[bytes, Tensor] = {}
-        for batch, out in zip(batches, forward_only(policy, batches)):
-            logprobs = out.logprobs.cpu()
-            mine |= {digest: logprobs[places].clone() for digest, places in sequences(batch)}
-        for found in gather_objects(run.groups, mine if reports(run) else {}):
-            rows |= found
+        rows |= score(run, policy, part)
     return rows
 
 
 def describe(plan: Plan) -> dict[str, str]:
     """What the log-probs are a function of, as hashes and words."""
     config = plan.config
-    folder = Path(config.reference.path or config.model.path)
+    folder, own = Path(config.reference.path or config.model.path), config.reference.parallel
     tokenizer = [f for pattern in TOKENIZER_FILES for f in Path(config.model.path).glob(pattern)]
     pairs = [*plan.task.train_pairs(), *plan.task.eval_pairs(config.evaluate.prompts)]
     arithmetic = {
         "dtype": config.model.dtype,
         "spec": config.model.spec,
-        "layout": vars(plan.layout),
+        "layout": vars(plan.layout) | ({"reference": own.model_dump()} if own else {}),
         "tokens": (config.batch.micro_batch_tokens, config.batch.logprob_chunk_tokens),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),

@@ -18,15 +18,15 @@ from mcore_rl.data.tasks import Task, build_task
 from mcore_rl.launch import tell
 from mcore_rl.lint import lint
 from mcore_rl.metrics import RunLog
-from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.build import read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Policy, Scorer
-from mcore_rl.model.offload import frozen_weights
-from mcore_rl.model.optimizer import Training, build_training, freeze_routers
+from mcore_rl.model.optimizer import Training, build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.policies import as_policy, check_reference, following, holds_reference, load_chunks, load_reference
 from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
@@ -38,8 +38,7 @@ from mcore_rl.routing import check_routing, returns_routes, router_header, with_
 from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, reward_scorer
 from mcore_rl.types import SamplingParams
 from mcore_rl.weights.families import is_scorer
-from mcore_rl.weights.shards import megatron_shards
-from mcore_rl.weights.stored import check_weights, load_weights
+from mcore_rl.weights.stored import check_weights
 from mcore_rl.weights.sync import WeightExporter
 
 if TYPE_CHECKING:
@@ -124,8 +123,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         raise ValueError("; ".join(errors))
     if "pairs" in algorithm.needs:
         task.train_pairs()
-    if config.reference.path is not None:
-        _check_reference(config.reference.path, algorithm, hf_config)
+    check_reference(config, algorithm, hf_config, world)
     if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
         raise ValueError(
             "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
@@ -156,12 +154,6 @@ def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedC
         raise ValueError(f"optimizer.min_lr={optimizer.min_lr:g}: must be at most optimizer.lr={optimizer.lr:g}")
 
 
-def _check_reference(path: str, algorithm: Algorithm, hf_config: PretrainedConfig) -> None:
-    if "reference" not in algorithm.needs:
-        raise ValueError(f"reference.path={path!r} is never read: with algorithm.kl_coef=0 there is no reference")
-    check_weights(path, hf_config)
-
-
 def check_run_folder(config: RunConfig) -> None:
     """Make the run's folder. Raises ValueError where that fails or a new run would overwrite an old one."""
     try:
@@ -186,9 +178,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
         require_equal(groups, "the configuration", dump_config(config))
-        chunks = _load_policy(plan, groups, config.model.path)
-        in_loop = "reference" in plan.algorithm.needs and not precomputes_reference(plan)
-        reference = load_reference(plan, groups) if in_loop else None
+        chunks = load_chunks(plan, groups, config.model.path)
+        reference = load_reference(plan, groups) if holds_reference(config, plan.algorithm) else None
         training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
         trained = {"policy": training}
         if "critic" in plan.algorithm.needs:
@@ -199,7 +190,8 @@ def open_run(plan: Plan) -> Iterator[Run]:
             Scorer(trained[role].chunks, groups) if role in trained else None for role in ("critic", "discriminator")
         )
         folder = config.run_dir / "checkpoints"
-        start = (load_checkpoint(folder, trained, groups) if config.resume else None) or Progress()
+        frozen = following(config, reference)
+        start = (load_checkpoint(folder, trained, groups, frozen) if config.resume else None) or Progress()
         if start.kl_coef is not None:
             plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
         exporter = WeightExporter(chunks, plan.hf_config, groups)
@@ -218,7 +210,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
             if config.resume:
                 where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
                 print(f"{config.name}: {where}", flush=True)
-        policy = with_routers(_policy(plan, groups, training.chunks), config)
+        policy = with_routers(as_policy(plan, groups, training.chunks), config)
         yield Run(
             plan=plan,
             groups=groups,
@@ -273,38 +265,6 @@ def rollout_sampling(config: RunConfig) -> SamplingParams:
         max_tokens=rollout.max_response_tokens,
         stop_token_ids=tuple(rollout.stop_token_ids),
         stop=tuple(rollout.stop),
-    )
-
-
-def precomputes_reference(plan: Plan) -> bool:
-    """Whether all that the reference will be asked is known before training, see `mcore_rl.reference`."""
-    return "pairs" in plan.algorithm.needs and plan.config.reference.precompute
-
-
-def load_reference(plan: Plan, groups: Groups) -> Policy:
-    """The frozen policy that KL terms and preference losses compare with."""
-    config = plan.config
-    chunks = _load_policy(plan, groups, config.reference.path or config.model.path)
-    host = frozen_weights(chunks, groups.device) if config.reference.offload else None
-    return replace(_policy(plan, groups, chunks), host=host)
-
-
-def _load_policy(plan: Plan, groups: Groups, path: str) -> list:
-    chunks = build_model(plan.hf_config, plan.config.model, groups)
-    if plan.config.model.freeze_router:
-        freeze_routers(chunks)
-    load_weights(path, megatron_shards(chunks, plan.hf_config, groups))
-    return chunks
-
-
-def _policy(plan: Plan, groups: Groups, chunks) -> Policy:
-    return Policy(
-        chunks,
-        groups,
-        vocab_size=plan.hf_config.vocab_size,
-        temperature=plan.config.rollout.temperature if plan.algorithm.needs_rollouts else 1.0,
-        chunk_tokens=plan.config.batch.logprob_chunk_tokens,
-        fp32_head=plan.config.model.fp32_head,
     )
 
 

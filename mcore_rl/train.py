@@ -25,11 +25,12 @@ from mcore_rl.phases import (
     pack,
     read_examples,
     rest_engine,
-    score_old,
     sync_weights,
     update,
 )
-from mcore_rl.reference import with_reference
+from mcore_rl.policies import following
+from mcore_rl.prescoring import score_old
+from mcore_rl.reference import update_reference, with_reference
 from mcore_rl.report import write_report
 from mcore_rl.router_watch import router_alarms, router_metrics, watch_routers
 from mcore_rl.run import Run, check_run_folder, make_plan, on_rank_0_only, open_run, world_size
@@ -71,6 +72,8 @@ def train(config: RunConfig) -> Path:
                 metrics = {**collected, **scored, **updated, **discriminated, **routed}
                 run = adapt_kl(run, metrics, len(samples))
                 done = done.after_step(run.plan.algorithm.kl_coef)
+                with timers("reference"):
+                    update_reference(run, done.step)
                 with timers("collect"):
                     finish_rollouts(run)
                 if rl or due_or_last(config, config.evaluate.every, done.step):
@@ -107,7 +110,8 @@ def checkpoint_writer(run: Run) -> CheckpointWriter:
     config = run.plan.config
     own = {"critic": config.critic.path, "discriminator": config.discriminator.path}
     hf_dirs = {name: own.get(name) or config.model.path for name in run.trained}
-    return CheckpointWriter(config.run_dir / "checkpoints", run.trained, run.groups, config.checkpoint, hf_dirs)
+    folder, frozen = config.run_dir / "checkpoints", following(config, run.reference)
+    return CheckpointWriter(folder, run.trained, run.groups, config.checkpoint, hf_dirs, frozen)
 
 
 def log_step(run: Run, step: int, metrics: Metrics) -> None:

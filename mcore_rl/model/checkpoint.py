@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from mcore_rl.data.real_fake import DiscriminatorState
+from mcore_rl.model.forward import Policy
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
@@ -67,8 +68,13 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(m.group(1)) for m in matches if m)
 
 
-def load_checkpoint(folder: Path, trained: Mapping[str, Training], groups: Groups) -> Progress | None:
+def load_checkpoint(
+    folder: Path, trained: Mapping[str, Training], groups: Groups, frozen: Mapping[str, Policy] | None = None
+) -> Progress | None:
     """Load the newest complete checkpoint into the models; None where there is none. Collective.
+
+    Args:
+        frozen: stay as they are where the checkpoint does not have them: written before they had other weights.
 
     Raises:
         ValueError: it was written with a setting that cannot change.
@@ -78,7 +84,19 @@ def load_checkpoint(folder: Path, trained: Mapping[str, Training], groups: Group
         return None
     newest = step_folder(folder, steps[-1])
     progress = [_load(newest / name, training, groups) for name, training in trained.items()]
+    for name, model in (frozen or {}).items():
+        if (newest / name).is_dir():
+            _load_frozen(newest / name, model)
     return progress[0]
+
+
+def _load_frozen(folder: Path, model: Policy) -> None:
+    with quiet():
+        state = dist_checkpointing.load(frozen_state(model), str(folder))
+    for i, chunk in enumerate(model.chunks):
+        chunk.load_state_dict(state[f"model{i}"], strict=True)
+    if model.host is not None:
+        model.host.park()
 
 
 def _load(folder: Path, training: Training, groups: Groups) -> Progress:
@@ -157,6 +175,13 @@ def sharded_state(training: Training, groups: Groups, *, loading: bool) -> dict[
         "written_with": _settings(training, groups),
         "rng": ShardedObject("rng", rng, (world,), (rank,)),
     }
+
+
+def frozen_state(model: Policy) -> dict[str, Any]:
+    """Weights of a model that has no optimizer, as `sharded_state`, from its own layout."""
+    with model.groups.active():
+        metadata = _metadata()
+        return {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(model.chunks)}
 
 
 def _materialise_optimizer_state(training: Training) -> None:

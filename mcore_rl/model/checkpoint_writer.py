@@ -22,7 +22,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoConfig
 
 from mcore_rl.config import CheckpointConfig
-from mcore_rl.model.checkpoint import Progress, complete_steps, quiet, sharded_state, step_folder
+from mcore_rl.model.checkpoint import Progress, complete_steps, frozen_state, quiet, sharded_state, step_folder
+from mcore_rl.model.forward import Policy
 from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import gather_objects, on_rank_0
@@ -67,6 +68,7 @@ class CheckpointWriter:
             once all ranks have written theirs.
         hf_dirs: folders the models came from, whose config and tokenizer files are laid beside the weights: a
             checkpoint can then be converted without its run. None: it cannot.
+        frozen: models that are not trained but have other weights than the files they came from.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class CheckpointWriter:
         groups: Groups,
         config: CheckpointConfig,
         hf_dirs: Mapping[str, str] | None = None,
+        frozen: Mapping[str, Policy] | None = None,
     ):
         self.folder, self.trained, self.groups, self.config = folder, trained, groups, config
-        self.hf_dirs = hf_dirs or {}
+        self.hf_dirs, self.frozen = hf_dirs or {}, frozen or {}
         self._writing: _Writing | None = None
 
     def save(self, progress: Progress) -> None:
@@ -92,6 +95,7 @@ class CheckpointWriter:
         with self._failing_everywhere(final):
             on_rank_0(self.groups, lambda: self._make_room(final))
             requests = [self._request(_partial(final) / name, t, progress) for name, t in self.trained.items()]
+            requests += [_saving(frozen_state(model), _partial(final) / name) for name, model in self.frozen.items()]
             self._writing = _Writing(final, requests)
             self._writing.start([_staged(r, copied=self.config.asynchronous) for r in requests])
         if not self.config.asynchronous:
@@ -109,9 +113,7 @@ class CheckpointWriter:
             self._finish()
 
     def _request(self, folder: Path, training: Training, progress: Progress) -> AsyncRequest:
-        state = sharded_state(training, self.groups, loading=False) | {"progress": asdict(progress)}
-        with quiet():
-            return dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        return _saving(sharded_state(training, self.groups, loading=False) | {"progress": asdict(progress)}, folder)
 
     def _finish(self) -> None:
         writing, self._writing = self._writing, None
@@ -127,7 +129,7 @@ class CheckpointWriter:
     def _make_room(self, final: Path) -> None:
         for leftover in self.folder.glob("*.tmp"):
             shutil.rmtree(leftover)
-        for name in self.trained:
+        for name in (*self.trained, *self.frozen):
             (_partial(final) / name).mkdir(parents=True)
 
     def _publish(self, final: Path) -> None:
@@ -150,6 +152,11 @@ class CheckpointWriter:
             if self.groups.rank == 0:
                 shutil.rmtree(_partial(final), ignore_errors=True)
             raise failure from error
+
+
+def _saving(state: dict, folder: Path) -> AsyncRequest:
+    with quiet():
+        return dist_checkpointing.save(state, str(folder), async_sharded_save=True)
 
 
 def _describe(folder: Path, name: str, hf_dir: str, dtype: torch.dtype) -> None:

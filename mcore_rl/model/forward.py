@@ -183,7 +183,7 @@ def _run(
         replayed = [model.routers is not None and batch.expert_ids is not None for batch in batches]
         passages = [_passage(model, batch) if replay else None for batch, replay in zip(batches, replayed)]
     iterators = [zip(batches, passages, strict=True) for _ in model.chunks]
-    with in_use(model.host):
+    with model.groups.active(), in_use(model.host):
         return get_forward_backward_func()(
             forward_step_func=partial(_forward_step, model, reduce),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],

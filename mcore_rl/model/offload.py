@@ -22,23 +22,26 @@ class HostMemory:
     Args:
         tensors: gives those to move, anew every time: an optimizer makes its state in its first step.
         device: where they are used.
-        change: whether what is done with them there is to be kept; a frozen model is copied one way.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device, *, change: bool) -> None:
-        self._tensors, self._device, self._change = tensors, device, change
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
         self._hosts: dict[Tensor, Tensor] = {}
         self.park()
 
     @contextmanager
-    def on_device(self) -> Iterator[None]:
-        """Have them there for as long as the block takes, whatever happens in it."""
+    def on_device(self, *, change: bool) -> Iterator[None]:
+        """Have them there for as long as the block takes, whatever happens in it.
+
+        Args:
+            change: whether what is done with them is to be kept; otherwise they are copied one way.
+        """
         for tensor, host in self._hosts.items():
             tensor.data = host.to(self._device, non_blocking=True, copy=True)
         try:
             yield
         finally:
-            self.park()
+            self.park(change=change)
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +49,13 @@ class HostMemory:
         return sum(host.nbytes for host in self._hosts.values())
 
     @torch.no_grad()
-    def park(self) -> None:
+    def park(self, *, change: bool = True) -> None:
         """Take all of them to the host; needed where others have put tensors in their place, as loading does."""
         pinned = self._device.type == "cuda"
         hosts = {}
         for tensor in self._tensors():
             host = self._hosts.get(tensor)
-            if host is None or self._change:
+            if host is None or change:
                 if host is None:
                     host = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
                 host.copy_(tensor, non_blocking=True)
@@ -64,14 +67,14 @@ class HostMemory:
         self._hosts = hosts
 
 
-def in_use(memory: HostMemory | None) -> AbstractContextManager[None]:
+def in_use(memory: HostMemory | None, *, change: bool = False) -> AbstractContextManager[None]:
     """`on_device` of what may never have left it."""
-    return nullcontext() if memory is None else memory.on_device()
+    return nullcontext() if memory is None else memory.on_device(change=change)
 
 
 def frozen_weights(chunks: Sequence[Module], device: torch.device) -> HostMemory:
     """Of a model that is only read."""
-    return HostMemory(lambda: (p for chunk in chunks for p in chunk.parameters()), device, change=False)
+    return HostMemory(lambda: (p for chunk in chunks for p in chunk.parameters()), device)
 
 
 def optimizer_state(optimizer: MegatronOptimizer, chunks: Sequence[Module], device: torch.device) -> HostMemory:
@@ -87,4 +90,4 @@ def optimizer_state(optimizer: MegatronOptimizer, chunks: Sequence[Module], devi
                 # torch's Adam counts its steps in tensors without a dimension, on the CPU
                 yield from (x for x in inner.state.get(weight, {}).values() if torch.is_tensor(x) and x.dim() > 0)
 
-    return HostMemory(tensors, device, change=True)
+    return HostMemory(tensors, device)

@@ -37,7 +37,7 @@ class Training:
             (global gradient norm before clipping, learning rate used).
         """
         lr = self.optimizer.param_groups[0]["lr"]
-        with in_use(self.host):
+        with in_use(self.host, change=True):
             _, grad_norm, _ = self.optimizer.step()
             if self.host is not None:
                 self.optimizer.zero_grad()  # drops the main weights' own copies of the gradients

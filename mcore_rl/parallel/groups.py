@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,7 @@ class Groups:
     edp: dist.ProcessGroup
     model: dist.ProcessGroup
     world: dist.ProcessGroup
+    megatron: Mapping[str, Any] = field(repr=False)  # what Megatron's parallel_state holds while it works in them
 
     @property
     def coords(self) -> RankCoords:
@@ -64,6 +66,16 @@ class Groups:
     def reports(self) -> bool:
         """Whether this is the one of the ranks that share micro-batches whose results count."""
         return self.is_pipeline_last and self.coords.tp == 0 and self.coords.cp == 0
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let Megatron work in these groups for as long as the block takes: a process may have several layouts."""
+        before = _megatron_state()
+        vars(parallel_state).update(self.megatron)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
 
 
 def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
@@ -88,20 +100,30 @@ def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
     device = _local_device()
     with explain_timeouts(timeout_s), _one_gloo_device(timedelta(seconds=timeout_s)):
         _join(device, timeout_s)
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tp,
-            pipeline_model_parallel_size=layout.pp,
-            virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-            context_parallel_size=layout.cp,
-            expert_model_parallel_size=layout.ep,
-            expert_tensor_parallel_size=layout.etp,
-            distributed_timeout_minutes=timeout_s / 60,
-        )
+        _make(layout, timeout_s)
     # As in Megatron's own training loop: stages of a pipeline draw from separate seeds.
     stage_seed = seed + 100 * layout.coords(dist.get_rank()).pp
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
     return _groups(layout, device)
+
+
+def another(groups: Groups, layout: ParallelLayout, timeout_s: float) -> Groups:
+    """Groups of a second layout over the same ranks; `groups` stay Megatron's but for the time of `active`. Collective.
+
+    Raises:
+        ValueError: the layout has another number of ranks.
+    """
+    if layout.world_size != groups.world_size:
+        raise ValueError(f"{layout} has {layout.world_size} ranks, the run has {groups.world_size}")
+    first = _megatron_state()
+    vars(parallel_state).update(_NO_GROUPS)
+    try:
+        with explain_timeouts(timeout_s), _one_gloo_device(timedelta(seconds=timeout_s)):
+            _make(layout, timeout_s)
+        return _groups(layout, groups.device)
+    finally:
+        vars(parallel_state).update(first)
 
 
 def destroy() -> None:
@@ -178,6 +200,24 @@ def _one_gloo_device(limit: timedelta) -> Iterator[None]:
         distributed_c10d.ProcessGroupGloo = own
 
 
+def _make(layout: ParallelLayout, timeout_s: float) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+
+
+def _megatron_state() -> dict[str, Any]:
+    """The variables of parallel_state; it has no other state."""
+    values = vars(parallel_state).items()
+    return {name: value for name, value in values if name[0] == "_" != name[1] and not callable(value)}
+
+
 def _local_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -215,4 +255,8 @@ def _groups(layout: ParallelLayout, device: torch.device) -> Groups:
         edp=parallel_state.get_expert_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         world=dist.group.WORLD,
+        megatron=_megatron_state(),
     )
+
+
+_NO_GROUPS = _megatron_state()

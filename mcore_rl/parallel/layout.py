@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mcore_rl.config import ParallelConfig
+    from mcore_rl.config import LayoutConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class ParallelLayout:
             )
 
     @classmethod
-    def from_config(cls, parallel: ParallelConfig, world_size: int) -> ParallelLayout:
+    def from_config(cls, parallel: LayoutConfig, world_size: int) -> ParallelLayout:
         """Derive dp from the number of ranks. Raises ValueError where the world does not fit, with sizes that do."""
         model_size = parallel.tp * parallel.pp * parallel.cp
         if world_size % model_size:

@@ -10,7 +10,17 @@ from typing import Any, Literal, get_args
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.planning.memory import GIB, activations, cache_bytes, frozen_state, is_sparse, itemsize, trained_state
+from mcore_rl.planning.memory import (
+    GIB,
+    ModelState,
+    activations,
+    cache_bytes,
+    frozen_state,
+    is_sparse,
+    itemsize,
+    trained_state,
+)
+from mcore_rl.policies import reference_layout
 
 # Assumptions, in bytes, that no formula gives.
 RESERVE = 4 * GIB  # CUDA context, NCCL's buffers, the allocator's fragmentation
@@ -202,7 +212,7 @@ def _trainer(
         uses += [Use(role, what, getattr(state, what)) for what in ("weights", "gradients")]
         uses.append(Use(role, "optimizer", state.optimizer, "step" if config.optimizer.offload else "always"))
     for role, hf in models.frozen.items():
-        state = frozen_state(hf, layout, stage, config.model)
+        state = _frozen(config, layout, role, hf, stage)
         parameters[role] = state.parameters
         offload = {"reference": config.reference, "reward model": config.reward_model}[role].offload
         uses.append(Use(role, "weights", state.weights, "scoring" if offload else "always"))
@@ -223,6 +233,15 @@ def _trainer(
     if layout.world_size > 1:
         uses.append(Use("other", "weight transfer", GATHER_BUCKET, "rollout"))
     return parameters, tuple(uses)
+
+
+def _frozen(config: RunConfig, layout: ParallelLayout, role: str, hf_config: Any, stage: int) -> ModelState:
+    """Of a model that is only read; where it is cut another way, of the rank of the stage that holds most."""
+    if role != "reference" or config.reference.parallel is None:
+        return frozen_state(hf_config, layout, stage, config.model)
+    own = reference_layout(config, hf_config, layout.world_size)
+    stages = {own.coords(stage * layout.stage_size + place).pp for place in range(layout.stage_size)}
+    return max((frozen_state(hf_config, own, s, config.model) for s in stages), key=lambda state: state.bytes)
 
 
 def _in_flight(layout: ParallelLayout, stage: int, micro_batches: int) -> int:

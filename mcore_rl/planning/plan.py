@@ -10,6 +10,7 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.advice import Change, advice
 from mcore_rl.planning.estimate import Estimate, Hardware, Models, estimate
 from mcore_rl.planning.parameters import model_parameters
+from mcore_rl.policies import holds_reference, reference_layout
 from mcore_rl.rollout.placement import resolve
 from mcore_rl.weights.families import is_scorer
 
@@ -26,6 +27,8 @@ def plan_run(config: RunConfig, world_size: int, hardware: Hardware) -> tuple[Es
         layout = ParallelLayout.from_config(config.parallel, world_size)
         for hf_config in (models.policy, *models.scorers.values(), *models.frozen.values()):
             layout.validate_model(hf_config)
+        if "reference" in models.frozen:
+            reference_layout(config, models.policy, world_size)
         placement, backend = resolve(config.rollout, config.weight_sync, world_size, cuda=True)
         return estimate(config, layout, models, hardware, placement, backend)
 
@@ -43,8 +46,7 @@ def _models(config: RunConfig) -> Models:
         if role in algorithm.needs:
             scorer = read_hf_config(section.path or config.model.path, f"{role}.path")
             scorers[role] = scorer if is_scorer(scorer) else as_scorer(scorer)
-    precomputed = "pairs" in algorithm.needs and config.reference.precompute
-    if "reference" in algorithm.needs and not precomputed:
+    if holds_reference(config, algorithm):
         frozen["reference"] = policy
     if config.reward_model.path is not None:
         frozen["reward model"] = read_hf_config(config.reward_model.path, "reward_model.path")

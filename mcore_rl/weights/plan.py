@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import combinations, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.cuts import Box, Factors, volume
-from mcore_rl.weights.shards import Region, Shard, megatron_boxes, owned_boxes
+from mcore_rl.weights.shards import Region, Shard, megatron_boxes
+
+BUCKET_BYTES = 128 * 2**20  # of tensors that are sent together
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +100,8 @@ class WeightPlan:
 def plan(src: Iterable[Region], dst: Sequence[Region], itemsize: int | None = None) -> WeightPlan:
     """Intersect the two sides; the same input gives the same plan on every rank.
 
-    A destination takes its whole box from its own rank where that rank holds it, replica or not, and from the
-    owners (non-replicas) otherwise.
+    A destination takes what its own rank holds from there. Everything else comes from the ranks that hold it, replicas
+    where `src` has them: destinations take turns, so that no rank sends for all.
 
     Args:
         itemsize: bytes an element on the wire; None: of the first destination's view.
@@ -106,44 +109,56 @@ def plan(src: Iterable[Region], dst: Sequence[Region], itemsize: int | None = No
     Raises:
         ValueError: an element of `dst` has no source or several, or the sides factor a tensor differently; names it.
     """
-    sources: defaultdict[str, list[Region]] = defaultdict(list)
+    sources: defaultdict[str, defaultdict[Box, list[Region]]] = defaultdict(lambda: defaultdict(list))
     for region in src:
-        sources[region.hf_name].append(region)
+        sources[region.hf_name][region.box].append(region)
     copies = tuple(copy for region in dst for copy in _cover(region, sources[region.hf_name]))
     if itemsize is None:
         itemsize = dst[0].view.element_size() if dst else 0
     return WeightPlan(copies, itemsize)
 
 
-def plan_between(hf_config: Any, src: ParallelLayout, dst: ParallelLayout, itemsize: int) -> WeightPlan:
-    """From the ranks of one layout to those of another, on other devices; made once, then remembered.
+def plan_between(
+    hf_config: Any, src: ParallelLayout, dst: ParallelLayout, itemsize: int, *, same_ranks: bool = False
+) -> WeightPlan:
+    """From the ranks of one layout to those of another; made once, then remembered.
 
     Args:
-        dst: its ranks count on after those of `src`.
+        same_ranks: both are layouts of the same ranks; otherwise those of `dst` count on after those of `src`.
     """
-    return _plan_between(hf_config.to_json_string(use_diff=False), type(hf_config), src, dst, itemsize)
+    first = 0 if same_ranks else src.world_size
+    return _plan_between(hf_config.to_json_string(use_diff=False), type(hf_config), src, dst, itemsize, first)
 
 
 @lru_cache(maxsize=8)
-def _plan_between(config: str, kind: type, src: ParallelLayout, dst: ParallelLayout, itemsize: int) -> WeightPlan:
+def _plan_between(
+    config: str, kind: type, src: ParallelLayout, dst: ParallelLayout, itemsize: int, first: int
+) -> WeightPlan:
     hf_config = kind.from_dict(json.loads(config))
-    wanted = [
-        replace(box, rank=src.world_size + rank)
-        for rank in range(dst.world_size)
-        for box in megatron_boxes(hf_config, dst, rank)
-    ]
-    return plan(owned_boxes(hf_config, src), wanted, itemsize)
+    held, wanted = (
+        [box for rank in range(layout.world_size) for box in megatron_boxes(hf_config, layout, rank)]
+        for layout in (src, dst)
+    )
+    return plan(held, [replace(box, rank=first + box.rank) for box in wanted] if first else wanted, itemsize)
 
 
-def _cover(dst: Region, candidates: Sequence[Region]) -> list[Copy]:
-    for region in candidates:
-        if region.factors != dst.factors:
+def _cover(dst: Region, candidates: Mapping[Box, Sequence[Region]]) -> list[Copy]:
+    copies = []
+    for box, holders in candidates.items():
+        if holders[0].factors != dst.factors:
             raise ValueError(
-                f"tensor {dst.hf_name!r} is {region.factors} on rank {region.rank} and {dst.factors} on rank {dst.rank}"
+                f"tensor {dst.hf_name!r} is {holders[0].factors} on rank {holders[0].rank} and {dst.factors} on rank "
+                f"{dst.rank}"
             )
-    local = next((r for r in candidates if r.rank == dst.rank and _intersect(r.box, dst.box) == dst.box), None)
-    chosen = [local] if local else [r for r in candidates if not r.replica]
-    copies = [Copy(r, dst, box) for r in chosen if volume(box := _intersect(r.box, dst.box))]
+        if volume(common := _intersect(box, dst.box)):
+            own = next((r for r in holders if r.rank == dst.rank), None)
+            if own is not None and common == dst.box:
+                return [Copy(own, dst, common)]
+            owners = [r.rank for r in holders if not r.replica]
+            if len(owners) > 1:
+                raise ValueError(f"tensor {dst.hf_name!r} is written twice: ranks {owners} all own {box}")
+            if owners:
+                copies.append(Copy(own or holders[dst.rank % len(holders)], dst, common))
     for a, b in combinations(copies, 2):
         if volume(_intersect(a.box, b.box)):
             raise ValueError(
@@ -156,6 +171,29 @@ def _cover(dst: Region, candidates: Sequence[Region]) -> list[Copy]:
             f"tensor {dst.hf_name!r}: {needed - found} of {needed} elements needed by rank {dst.rank} have no source"
         )
     return copies
+
+
+def buckets(copies: Sequence[Copy], limit: int) -> list[dict[str, list[Copy]]]:
+    """Copies by tensor, in consecutive buckets of one dtype and at most `limit` elements (or one tensor)."""
+    tensors: defaultdict[str, list[Copy]] = defaultdict(list)
+    for copy in copies:
+        tensors[copy.dst.hf_name].append(copy)
+    made: list[dict[str, list[Copy]]] = [{}]
+    used, dtype = 0, None
+    for name, parts in tensors.items():
+        size = sum(part.numel for part in parts)
+        if made[-1] and (used + size > limit or parts[0].dst.dtype != dtype):
+            made.append({})
+            used = 0
+        made[-1][name] = parts
+        used, dtype = used + size, parts[0].dst.dtype
+    return made
+
+
+def parts(message: Tensor, copies: Sequence[Copy]) -> Iterator[Tensor]:
+    """The consecutive boxes of a message."""
+    pieces = message.split([copy.numel for copy in copies])
+    return (piece.view([high - low for low, high in copy.box]) for piece, copy in zip(pieces, copies, strict=True))
 
 
 def refactor(region: Region, factors: Factors) -> list[Region]:

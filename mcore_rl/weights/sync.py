@@ -21,10 +21,8 @@ from mcore_rl.parallel.groups import Groups
 from mcore_rl.weights.checksums import Checksum, signed
 from mcore_rl.weights.cuts import Box, Factors
 from mcore_rl.weights.hf_io import save_hf
-from mcore_rl.weights.plan import Copy, plan, refactor
+from mcore_rl.weights.plan import BUCKET_BYTES, Copy, buckets, parts, plan, refactor
 from mcore_rl.weights.shards import Region, Shard, hf_regions, megatron_shards, owned_boxes
-
-_BUCKET_BYTES = 128 * 2**20
 
 
 class WeightExporter:
@@ -45,7 +43,7 @@ class WeightExporter:
         hf_config: Any,
         groups: Groups,
         dtype: torch.dtype | None = None,
-        bucket_bytes: int = _BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         self.hf_config, self.groups = hf_config, groups
         self._chunks = list(chunks)
@@ -55,7 +53,7 @@ class WeightExporter:
         regions = sorted(hf_regions(hf_config), key=lambda r: r.dtype not in (None, self.dtype))  # by dtype, else kept
         self._regions = {r.hf_name: r for r in regions}
         copies = plan(self._owned, list(self._regions.values()), self.dtype.itemsize).copies
-        self._buckets = _buckets(copies, bucket_bytes // self.dtype.itemsize)
+        self._buckets = buckets(copies, bucket_bytes // self.dtype.itemsize)
         self._refresh()
 
     def metadata(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -140,7 +138,7 @@ class WeightExporter:
         mine = [c for copies in bucket.values() for c in copies if c.src.rank == self.groups.rank]
         if mine:
             message = self._message(mine)
-            for part, copy in zip(_parts(message, mine), mine, strict=True):
+            for part, copy in zip(parts(message, mine), mine, strict=True):
                 part.copy_(self._source(copy))
             dist.send(message, 0)
         for name in bucket:
@@ -157,7 +155,7 @@ class WeightExporter:
         for request in [dist.irecv(message, rank) for rank, message in messages.items()]:
             request.wait()
         for rank, message in messages.items():
-            pieces |= {id(c): part for c, part in zip(by_rank[rank], _parts(message, by_rank[rank]), strict=True)}
+            pieces |= {id(c): part for c, part in zip(by_rank[rank], parts(message, by_rank[rank]), strict=True)}
         for name, copies in bucket.items():
             yield name, self._assemble(name, [(copy, pieces[id(copy)]) for copy in copies])
 
@@ -223,26 +221,3 @@ def export_hf(
                 pass
 
     return on_rank_0(exporter.groups, write)
-
-
-def _buckets(copies: Sequence[Copy], limit: int) -> list[dict[str, list[Copy]]]:
-    """Copies by tensor, in consecutive buckets of one dtype and at most `limit` elements (or one tensor)."""
-    tensors: defaultdict[str, list[Copy]] = defaultdict(list)
-    for copy in copies:
-        tensors[copy.dst.hf_name].append(copy)
-    buckets: list[dict[str, list[Copy]]] = [{}]
-    used, dtype = 0, None
-    for name, parts in tensors.items():
-        size = sum(part.numel for part in parts)
-        if buckets[-1] and (used + size > limit or parts[0].dst.dtype != dtype):
-            buckets.append({})
-            used = 0
-        buckets[-1][name] = parts
-        used, dtype = used + size, parts[0].dst.dtype
-    return buckets
-
-
-def _parts(message: Tensor, copies: Sequence[Copy]) -> Iterator[Tensor]:
-    """The consecutive boxes of a message."""
-    pieces = message.split([copy.numel for copy in copies])
-    return (piece.view([high - low for low, high in copy.box]) for piece, copy in zip(pieces, copies, strict=True))

@@ -93,8 +93,9 @@ def test_two_ranks(tmp_path, model):
 def run_case(case, groups) -> None:
     from mcore_rl.config import load_config
     from mcore_rl.model.checkpoint import Progress
+    from mcore_rl.policies import load_reference
     from mcore_rl.reference import with_reference
-    from mcore_rl.run import Run, load_reference, make_plan
+    from mcore_rl.run import Run, make_plan
 
     sizes = [f"parallel.{k}={v}" for k, v in case["layout"].items() if k != "dp"]
     plan = make_plan(load_config(Path(case["folder"]) / "config.yaml", sizes), groups.world_size)

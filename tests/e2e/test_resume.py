@@ -6,6 +6,7 @@ import signal
 import pytest
 from runs import Started, assert_nothing_left, command, numbers, rows, tiny
 
+KL = {"algorithm": {"name": "grpo", "kl_coef": 0.01}}
 STEPS = {"steps": 6, "batch": {"mini_batches": 2}, "checkpoint": {"every": 2, "export_hf": False}}
 
 
@@ -21,9 +22,14 @@ def assert_it_means_something(by_step):
 
 
 def test_one_rank(tmp_path, model, worker):
-    """What was killed also keeps reference and optimizer in the host's memory, which changes no number."""
-    sections = STEPS | {"algorithm": {"name": "grpo", "kl_coef": 0.01}}
-    offloaded = sections | {"optimizer": {"lr": 1e-3, "offload": True}, "reference": {"offload": True}}
+    """The reference follows the policy. What was killed also keeps it and the optimizer's state in the host's memory,
+    which changes no number.
+    """
+    sections = STEPS | KL | {"reference": {"update_every": 2}}
+    offloaded = sections | {
+        "optimizer": {"lr": 1e-3, "offload": True},
+        "reference": {"update_every": 2, "offload": True},
+    }
     tiny(tmp_path, model, name="whole", **sections)
     assert worker(command, tmp_path, "train", "config.yaml")[0] == 0
     whole = rows(tmp_path / "runs" / "whole")
@@ -47,8 +53,11 @@ def test_one_rank(tmp_path, model, worker):
 
 
 def test_two_ranks_with_sharded_experts_and_optimizer(tmp_path, model):
-    """The killed run is its own reference: it is resumed from the older of its checkpoints and repeats what it did."""
-    sections = STEPS | {"parallel": {"ep": 2, "distributed_optimizer": True, "timeout_s": 60}}
+    """The killed run is its own reference: it is resumed from the older of its checkpoints and repeats what it did.
+    What KL is measured from has a layout of its own.
+    """
+    sections = STEPS | KL | {"parallel": {"ep": 2, "distributed_optimizer": True, "timeout_s": 60}}
+    sections |= {"reference": {"update_every": 2, "parallel": {"pp": 2}}}
     with Started(tmp_path, tiny(tmp_path, model, reward="tiny_rewards:dies_in_step_6", **sections), ranks=2) as run:
         assert run.wait() == 1
         assert_nothing_left(run, set())  # rank 0 had no chance to stop its engine

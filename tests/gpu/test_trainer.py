@@ -57,10 +57,10 @@ def test_what_waits_in_the_host_takes_no_memory_of_the_gpu(groups):
     before = torch.cuda.memory_allocated()
     tensor = torch.ones(2**20, device=groups.device)
     assert torch.cuda.memory_allocated() - before == 2**22
-    memory = HostMemory(lambda: [tensor], groups.device, change=True)
+    memory = HostMemory(lambda: [tensor], groups.device)
     for _ in range(2):
         assert torch.cuda.memory_allocated() == before and tensor.is_pinned()
-        with memory.on_device():
+        with memory.on_device(change=True):
             assert tensor.device == groups.device and torch.cuda.memory_allocated() - before == 2**22
             tensor += 1
     assert tensor.unique().tolist() == [3.0]

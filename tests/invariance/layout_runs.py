@@ -26,9 +26,13 @@ from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
 from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
 from mcore_rl.model.heads import as_scorer  # noqa: E402
 from mcore_rl.model.optimizer import build_training  # noqa: E402
+from mcore_rl.parallel import groups as process_groups  # noqa: E402
 from mcore_rl.parallel.collectives import sum_over_ranks  # noqa: E402
 from mcore_rl.parallel.layout import ParallelLayout  # noqa: E402
-from mcore_rl.phases import pack, pack_parts, score_old, update  # noqa: E402
+from mcore_rl.phases import pack, pack_parts, update  # noqa: E402
+from mcore_rl.policies import reference_layout  # noqa: E402
+from mcore_rl.prescoring import score_old  # noqa: E402
+from mcore_rl.reference import update_reference  # noqa: E402
 from mcore_rl.types import PackedBatch  # noqa: E402
 from mcore_rl.weights.hf_io import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
@@ -73,6 +77,7 @@ def config_of(case: dict[str, Any]) -> RunConfig:
             "parallel": axes | {"distributed_optimizer": case.get("distributed_optimizer", False)},
             "batch": {"micro_batch_tokens": case["budget"], "mini_batches": 2, "logprob_chunk_tokens": 7},
             "rollout": {"temperature": 0.8, "max_response_tokens": 16},
+            "reference": {"update_every": 3, "parallel": case.get("reference")},
         }
     )
 
@@ -101,9 +106,13 @@ def as_policy(config: RunConfig, groups, chunks) -> Policy:
 
 
 def frozen_policy(config: RunConfig, groups) -> Policy:
-    """A reference that is not where the policy starts."""
+    """A reference that is not where the policy starts, in the case's layout for it."""
     hf_config = read_hf_config(config.model.path)
-    chunks = build_model(hf_config, config.model, groups)
+    if config.reference.parallel is not None:
+        layout = reference_layout(config, hf_config, groups.world_size)
+        groups = process_groups.another(groups, layout, timeout_s=60)
+    with groups.active():
+        chunks = build_model(hf_config, config.model, groups)
     load_hf(config.model.path, megatron_shards(chunks, hf_config, groups))
     for weight in (p for chunk in chunks for p in chunk.parameters()):
         weight.data.mul_(0.97)
@@ -180,7 +189,7 @@ def open_run(config: RunConfig, groups, name: str, fields: dict[str, Any], optim
     critic = trained_critic(config, groups, optimizer) if "critic" in algorithm.needs else None
     models = {"policy": policy} | ({"critic": critic} if critic else {})
     return SimpleNamespace(
-        plan=SimpleNamespace(config=config, algorithm=algorithm),
+        plan=SimpleNamespace(config=config, algorithm=algorithm, hf_config=read_hf_config(config.model.path)),
         groups=groups,
         policy=policy.model,
         critic=critic and critic.model,
@@ -197,6 +206,7 @@ def one_step(run: SimpleNamespace, step: int) -> dict[str, float]:
     mini_batches = pack(run, make_samples(), step, config.batch.mini_batches, run.plan.algorithm.unit)
     mini_batches, scored = score_old(run, mini_batches)
     metrics = scored | update(run, mini_batches, step)
+    update_reference(run, step + 1)
     del metrics["num_positions"]  # how much is filled up is the layout's
     return metrics
 

@@ -2,7 +2,8 @@
 
 Of a frozen rollout everything that training makes is compared with one rank in fp32 that packs all of it into one
 micro-batch: log-probs; loss, every metric and all gradients (gathered to HF names) of one step of each; the
-metrics of five steps of GRPO, GSPO and PPO through the loop's own phases, and the weights after them.
+metrics of five steps of GRPO, GSPO and PPO through the loop's own phases, and the weights after them. After the third
+step the reference becomes the policy; in some cases it is cut another way.
 
     pytest tests/invariance/test_training_layouts.py -m ""              all layouts, minutes
     pytest tests/invariance/test_training_layouts.py -m "" -k 4ranks    those of 4 ranks
@@ -23,8 +24,8 @@ REFERENCE = dict(layout={}, budget=10_000, optimizers=["sgd", "adam"])
 USUAL = [
     dict(layout={}, budget=40, recompute="full"),
     dict(layout=dict(dp=2, ep=2), budget=60, distributed_optimizer=True),
-    dict(layout=dict(tp=2, ep=2), budget=60),
-    dict(layout=dict(pp=2, vpp=2), budget=60),
+    dict(layout=dict(tp=2, ep=2), budget=60, reference=dict(pp=2)),
+    dict(layout=dict(pp=2, vpp=2), budget=60, reference=dict(ep=2)),
     dict(layout=dict(cp=2, ep=2), budget=60),
     dict(layout=dict(cp=2, tp=2), budget=60, recompute="selective"),
 ]
@@ -40,6 +41,8 @@ REST = [
     dict(layout=dict(dp=2, ep=2), budget=60),
     dict(layout=dict(dp=2, ep=2), budget=60, recompute="selective"),
     dict(layout=dict(tp=2), budget=60),
+    dict(layout=dict(tp=2, ep=2), budget=60),
+    dict(layout=dict(pp=2, vpp=2), budget=60),
     dict(layout=dict(tp=2), budget=60, distributed_optimizer=True),
     dict(layout=dict(tp=2, ep=1, etp=2), budget=60),
     dict(layout=dict(tp=2, ep=2), budget=100, padded=True),
@@ -57,6 +60,8 @@ REST = [
     dict(layout=dict(tp=2, dp=2, ep=2), budget=60),
     dict(layout=dict(tp=2, dp=2, ep=2, etp=2), budget=60, distributed_optimizer=True),
     dict(layout=dict(tp=2, pp=2), budget=60),
+    dict(layout=dict(tp=2, pp=2), budget=60, reference=dict(ep=4), distributed_optimizer=True),
+    dict(layout=dict(dp=4, ep=2), budget=60, reference=dict(cp=2, tp=2)),
     dict(layout=dict(tp=2, pp=2, vpp=2, ep=2), budget=60),
     dict(layout=dict(cp=2, tp=2, ep=2), budget=60),
     dict(layout=dict(cp=2, tp=2, ep=2, etp=2), budget=60, distributed_optimizer=True),
@@ -79,7 +84,9 @@ def ranks_of(case: dict) -> int:
 
 
 def name_of(case: dict) -> str:
-    extras = (f"{k}_{v}" for k, v in case.items() if k not in ("layout", "optimizers"))
+    extras = (
+        f"{k}_{slug(v) if isinstance(v, dict) else v}" for k, v in case.items() if k not in ("layout", "optimizers")
+    )
     return "-".join([f"{ranks_of(case)}ranks", slug(case["layout"]), *extras])
 
 
@@ -147,3 +154,5 @@ def test_the_reference_is_not_trivial(outcome):
         losses = [metrics["policy/loss"] for metrics in steps]
         assert len(set(losses)) == STEPS and all(map(math.isfinite, losses))
         assert any(metrics["policy/clip_frac"] > 0 for metrics in steps)
+    kl = [metrics["policy/kl_ref"] for metrics in want["trajectories"]["grpo", "adam"]["steps"]]
+    assert kl[0] > 1e-3 and kl[3] < 0.1 * kl[2], "after the third step the reference is the policy"

@@ -27,10 +27,10 @@ def groups():
 def test_memory_that_changes_and_memory_that_does_not(change, then):
     """Within the block a tensor has other memory than outside it; what is done there is kept, or forgotten."""
     tensor = torch.ones(3)
-    memory = HostMemory(lambda: [tensor], CPU, change=change)
+    memory = HostMemory(lambda: [tensor], CPU)
     outside = tensor.data_ptr()
     for _ in range(2):  # the host's memory is taken once
-        with memory.on_device():
+        with memory.on_device(change=change):
             assert tensor.data_ptr() != outside
             tensor.fill_(2.0)
         assert tensor.data_ptr() == outside and tensor.tolist() == [then] * 3
@@ -39,17 +39,17 @@ def test_memory_that_changes_and_memory_that_does_not(change, then):
 
 def test_a_failure_leaves_nothing_on_the_device():
     tensor = torch.ones(3)
-    memory = HostMemory(lambda: [tensor], CPU, change=True)
+    memory = HostMemory(lambda: [tensor], CPU)
     outside = tensor.data_ptr()
-    with pytest.raises(RuntimeError, match="in the step"), memory.on_device():
+    with pytest.raises(RuntimeError, match="in the step"), memory.on_device(change=True):
         raise RuntimeError("in the step")
     assert tensor.data_ptr() == outside
 
 
 def test_what_is_made_in_the_block_leaves_with_it():
     tensors = []
-    memory = HostMemory(lambda: tensors, CPU, change=True)
-    with memory.on_device():
+    memory = HostMemory(lambda: tensors, CPU)
+    with memory.on_device(change=True):
         tensors.append(torch.ones(2))
         there = tensors[0].data_ptr()
     assert tensors[0].data_ptr() != there and memory.nbytes == 8

@@ -12,7 +12,8 @@ from mcore_rl.algorithms import available, load
 from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.phases import largest, mismatch, pack_parts, sync_weights, token_advantages
+from mcore_rl.phases import largest, pack_parts, sync_weights
+from mcore_rl.prescoring import mismatch, token_advantages
 from mcore_rl.rollout.engine import RolloutError
 
 

@@ -247,6 +247,18 @@ def test_roles(folder):
     assert sum(u.bytes for u in place.uses if u.what == "reserve") == RESERVE
 
 
+def test_a_reference_of_its_own_layout(folder):
+    """Its stages are other ranks' than the policy's: what is counted is the fullest rank of each."""
+    kl = {"algorithm": {"name": "grpo", "kl_coef": 0.1}}
+    same, _ = planned(folder, **kl)
+    alone, _ = planned(folder, **kl, reference={"parallel": {"ep": 32}})
+    total, experts = 30_532_122_624, 48 * 128 * 3 * 2048 * 768
+    assert {p.parameters["reference"] for p in alone.places} == {total - experts + experts // 32}
+    assert {p.parameters["policy"] for p in alone.places} == {p.parameters["policy"] for p in same.places}
+    with pytest.raises(ValueError, match=r"reference.parallel: parallel.ep\*etp=3"):
+        planned(folder, **kl, reference={"parallel": {"ep": 3}})
+
+
 def test_a_discriminator_counts_like_a_critic_and_may_be_another_model(folder):
     (folder / "small").mkdir()
     (folder / "small" / "config.json").write_text(json.dumps(QWEN3_30B | {"num_hidden_layers": 24}))

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mcore_rl.algorithms import load
 from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack, pad
+from mcore_rl.model.build import read_hf_config
 from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.policies import check_reference
 from mcore_rl.reference import GivenLogprobs, cache_file, describe, digest_of, read, sequences, write
 
 ROWS = {bytes([i] * 16): torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((3, 1, 4))}
@@ -25,7 +28,11 @@ def test_log_probs_come_back_where_the_responses_are():
 
 
 def test_the_same_tokens_with_another_boundary_are_another_sequence():
-    names = {digest for n in (1, 2) for digest, _ in sequences(pack([Sample((5, 6, 7), n, 0.0, (0.0,) * n)], [1.0]))}
+    names = {
+        digest_of(tokens, len(at))
+        for n in (1, 2)
+        for tokens, at in sequences(pack([Sample((5, 6, 7), n, 0.0, (0.0,) * n)], [1.0]))
+    }
     assert len(names) == 2
     assert not list(sequences(pack([Sample((5, 6, 7), 0, 0.0, ())], [0.0]))), "padding has no log-probs"
 
@@ -103,3 +110,23 @@ def test_what_else_decides(model):
     folder = str(model.parent / "elsewhere")
     assert file_of(plan_of(model, reference={"cache_dir": folder})).parent.as_posix() == folder
     assert json.loads(describe(plan)["arithmetic"])["versions"].keys() == {"torch", "megatron-core"}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "reference", "message"),
+    [
+        (
+            {"name": "grpo", "kl_coef": 0.1},
+            {"parallel": {"tp": 3}},
+            "reference.parallel: 4 ranks cannot hold parallel.tp",
+        ),
+        ({"name": "grpo", "kl_coef": 0.1}, {"parallel": {"ep": 2}}, "reference.parallel: the model does not fit"),
+        ({"name": "dpo"}, {"update_every": 5}, "update_every=5 with reference.precompute=true: .*set reference.precompute=false"),
+        ({"name": "grpo"}, {"path": "elsewhere"}, "reference.path='elsewhere' is never read"),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_fix(tiny_dense_dir, algorithm, reference, message):
+    config = parse_config({"name": "x", "model": {"path": str(tiny_dense_dir)}, "reference": reference})
+    fields = dict(algorithm)
+    with pytest.raises(ValueError, match=message):
+        check_reference(config, load(fields.pop("name"), **fields), read_hf_config(tiny_dense_dir), world=4)

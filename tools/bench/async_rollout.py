@@ -23,7 +23,8 @@ import typer
 from mcore_rl.collecting import collect_rollouts, finish_rollouts, start_rollouts
 from mcore_rl.config import RunConfig, parse_config
 from mcore_rl.model.checkpoint import Progress
-from mcore_rl.phases import Metrics, pack, score_old, sync_weights, update
+from mcore_rl.phases import Metrics, pack, sync_weights, update
+from mcore_rl.prescoring import score_old
 from mcore_rl.rollout.ahead import open_ahead
 from mcore_rl.run import Run, make_plan, open_run, rollout_sampling
 from tools.bench.side_by_side import check_equal, environment, quiet_stdout, ratios, show, spread
