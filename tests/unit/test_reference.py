@@ -121,7 +121,11 @@ def test_what_else_decides(model):
             "reference.parallel: 4 ranks cannot hold parallel.tp",
         ),
         ({"name": "grpo", "kl_coef": 0.1}, {"parallel": {"ep": 2}}, "reference.parallel: the model does not fit"),
-        ({"name": "dpo"}, {"update_every": 5}, "update_every=5 with reference.precompute=true: .*set reference.precompute=false"),
+        (
+            {"name": "dpo"},
+            {"update_every": 5},
+            "update_every=5 with reference.precompute=true: .*set reference.precompute=false",
+        ),
         ({"name": "grpo"}, {"path": "elsewhere"}, "reference.path='elsewhere' is never read"),
     ],
 )
