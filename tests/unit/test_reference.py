@@ -112,20 +112,15 @@ def test_what_else_decides(model):
     assert json.loads(describe(plan)["arithmetic"])["versions"].keys() == {"torch", "megatron-core"}
 
 
+KL = {"name": "grpo", "kl_coef": 0.1}
+
+
 @pytest.mark.parametrize(
     ("algorithm", "reference", "message"),
     [
-        (
-            {"name": "grpo", "kl_coef": 0.1},
-            {"parallel": {"tp": 3}},
-            "reference.parallel: 4 ranks cannot hold parallel.tp",
-        ),
-        ({"name": "grpo", "kl_coef": 0.1}, {"parallel": {"ep": 2}}, "reference.parallel: the model does not fit"),
-        (
-            {"name": "dpo"},
-            {"update_every": 5},
-            "update_every=5 with reference.precompute=true: .*set reference.precompute=false",
-        ),
+        (KL, {"parallel": {"tp": 3}}, "reference.parallel: 4 ranks cannot hold parallel.tp"),
+        (KL, {"parallel": {"ep": 2}}, "reference.parallel: the model does not fit"),
+        ({"name": "dpo"}, {"update_every": 5}, "update_every=5 with .*set reference.precompute=false"),
         ({"name": "grpo"}, {"path": "elsewhere"}, "reference.path='elsewhere' is never read"),
     ],
 )
