@@ -28,18 +28,31 @@ FIGURES: dict[int, list[Spec]] = {
             (p.flips_by_layer, p.flips_by_margin),
             "Bars are 95% intervals over prompts. On the right: near ties flip first.",
         ),
-        Spec("updates", ("update/1/flips",), (p.flips_by_update,), "Policies further from OLD flip more."),
+        Spec(
+            "updates",
+            ("update/1/flips",),
+            (p.flips_by_update,),
+            "The policies are those given after OLD, in their order.",
+        ),
     ],
     2: [
         Spec(
             "laws",
             ("sweep/",),
             (p.sweep_variances, p.sweep_flips, p.sweep_jump, p.sweep_tails),
-            "Where the orange line lies above the blue one, most of a token's log-ratio is routing. The jump stays as "
-            "large as the step shrinks; the tails grow because few tokens carry all of it.",
+            "Where the orange line lies above the blue one, most of a token's log-ratio is routing. A jump that is as "
+            "large at every step gives a flat line; tails grow where few tokens carry all of it. Hollow points say "
+            "little: their interval reaches below a tenth of the value.",
         ),
     ],
-    3: [Spec("chi", ("sweep/",), (p.sweep_chi, p.sweep_k_star), "The step that was taken is a = 1.")],
+    3: [
+        Spec(
+            "chi",
+            ("sweep/",),
+            (p.sweep_chi, p.sweep_k_star),
+            "The step that was taken is a = 1. Hollow points say little, as above.",
+        )
+    ],
     4: [
         Spec(
             "averaging",

@@ -28,6 +28,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
 }
+VAGUE = 0.1  # share of its value below which the interval of a point that says little reaches
 NUMBER = re.compile(r"\d+(\.\d+)?(e-?\d+)?")
 All = Sequence[Estimates]
 Panel = Callable[[Any, All], None]
@@ -72,12 +73,20 @@ def curve(e: Estimates, prefix: str, suffix: str = "") -> tuple[np.ndarray, np.n
 
 
 def draw(axes: Any, everything: All, prefix: str, suffix: str, color: str, label: str, scale: float = 1.0) -> None:
-    """A line a replicate, with the interval as a band where there is one replicate only."""
+    """A line a replicate, with the interval as a band where there is one replicate only.
+
+    Points whose interval reaches below a tenth of their value are hollow, and the line to them is thin.
+    """
     for i, e in enumerate(everything):
         x, y = curve(e, prefix, suffix)
         if len(x):
             text = None if i else label
-            axes.plot(x, scale * y[:, 0], color=color, marker="o", markersize=3.5, linewidth=1.5, label=text)
+            vague = ~(y[:, 1] >= VAGUE * y[:, 0])
+            firm = np.where(vague, np.nan, scale * y[:, 0])
+            axes.plot(
+                x, scale * y[:, 0], color=color, marker="o", markersize=3.5, linewidth=0.6, markerfacecolor="white"
+            )
+            axes.plot(x, firm, color=color, marker="o", markersize=3.5, linewidth=1.5, label=text)
             if len(everything) == 1:
                 axes.fill_between(x, scale * y[:, 1], scale * y[:, 2], color=color, alpha=0.15, linewidth=0)
 
@@ -177,7 +186,7 @@ def sweep_chi(axes: Any, everything: All) -> None:
     _alpha_axis(axes)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.1), max(high, 10))
+    axes.set_ylim(min(max(low, 1e-3), 0.1), max(high, 10))
     axes.text(0.98, 0.96, "above 1: sequence ratio nearer", transform=axes.transAxes, ha="right", va="top", color=RED)
     axes.text(0.02, 0.04, "below 1: token ratio nearer", transform=axes.transAxes, ha="left", va="bottom", color=RED)
 
