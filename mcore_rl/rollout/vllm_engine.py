@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ class VLLMEngine:
         self.num_workers = rollout.tensor_parallel_size
         self.max_model_len = max_model_len
         self._closed = False
+        self._shared_files: set[Path] = set()
         self._names = map(str, itertools.count())
         self._may_sleep, self._sleeps = rollout.sleep and torch.cuda.is_available(), False
         self._decode = load_decoder(model_path)
@@ -112,6 +114,7 @@ class VLLMEngine:
             self._driver = Direct(self._llm)
         atexit.register(self.close)
         self.policy_version = 0
+        self._shared_files = {Path(f) for of_worker in self.call_workers("shared_files") for f in of_worker}
         self._routes = None
         if return_routes:
             facts = self.call_workers("rollout_facts")[0]["routes"]
@@ -202,6 +205,8 @@ class VLLMEngine:
         with isolation.default_group_kept() if self.placement == "in_process" else nullcontext():
             self._llm.engine_core.shutdown()
         self._llm = None
+        for file in self._shared_files:  # of workers that did not end in time and were killed
+            file.unlink(missing_ok=True)
 
     def _wake(self) -> None:
         if self._sleeps:

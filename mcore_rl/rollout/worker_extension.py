@@ -56,6 +56,11 @@ class WorkerExtension:
             "routes": route_facts(self.model_runner.model, config),
         }
 
+    def shared_files(self) -> list[str]:
+        """Where workers on a CPU talk to each other: vLLM unlinks them as a worker ends, unless it is killed."""
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return sorted({line.split()[-1] for line in maps if "/dev/shm/vllm_dist" in line})
+
     def weight_area(self, metadata: Metadata, check_packing_every: int) -> dict[str, Any]:
         """The `Area` in which this worker wants the trainer's tensors."""
         return self.weight_transfer_engine.layout(metadata, check_packing_every).to_json()
