@@ -41,6 +41,7 @@ class LayoutConfig(Section):
 
 class ParallelConfig(LayoutConfig):
     distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False  # gradients are reduced over data-parallel ranks while the backward pass goes on
     timeout_s: float = Field(600, gt=0)  # a collective that waits longer ends the run with a message
 
 

@@ -64,6 +64,7 @@ def build_training(
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
         check_for_nan_in_grad=True,
     )
     # bucketing of later chunks is off as in Megatron's own training loop: their gradients come first
@@ -99,6 +100,8 @@ def build_training(
         wd_incr_style="constant",
     )
     config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:  # not before a chunk's last micro-batch
+        config.no_sync_func = [c.no_sync for c in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     config.grad_scale_func = megatron_optimizer.scale_loss
     device = next(wrapped[0].parameters()).device
     host = optimizer_state(megatron_optimizer, wrapped, device) if optimizer.offload else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from worlds import each_world  # noqa: E402
 from mcore_rl import algorithms  # noqa: E402
 from mcore_rl.config import OptimizerConfig, RunConfig, parse_config  # noqa: E402
 from mcore_rl.discriminating import discriminator_loss, sample_of  # noqa: E402
+from mcore_rl.model import optimizer as optimizer_module  # noqa: E402
 from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
 from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
 from mcore_rl.model.heads import as_scorer  # noqa: E402
@@ -58,7 +60,12 @@ def run_case(case: dict[str, Any], groups) -> None:
     if case.get("padded"):
         groups = replace(groups, layout=PaddedLayout(**vars(groups.layout)))
     config = config_of(case)
+    if config.parallel.overlap_grad_reduce:  # many buckets, of which the first are sent while others are computed
+        optimizer_module.DistributedDataParallelConfig = partial(
+            optimizer_module.DistributedDataParallelConfig, bucket_size=5_000
+        )
     policy = trained_policy(config, groups, "adam")
+    assert not config.parallel.overlap_grad_reduce or len(policy.training.chunks[0].bucket_groups) > 3
     found: dict[str, Any] = {"steps": one_step_each(config, groups, policy), "trajectories": {}}
     optimizers = case.get("optimizers") or ["adam" if config.parallel.distributed_optimizer else "sgd"]
     for optimizer in optimizers:
@@ -74,7 +81,7 @@ def config_of(case: dict[str, Any]) -> RunConfig:
         {
             "name": "layouts",
             "model": {"path": case["source"], "recompute": case.get("recompute", "none")},
-            "parallel": axes | {"distributed_optimizer": case.get("distributed_optimizer", False)},
+            "parallel": axes | {key: case.get(key, False) for key in ("distributed_optimizer", "overlap_grad_reduce")},
             "batch": {"micro_batch_tokens": case["budget"], "mini_batches": 2, "logprob_chunk_tokens": 7},
             "rollout": {"temperature": 0.8, "max_response_tokens": 16},
             "reference": {"update_every": 3, "parallel": case.get("reference")},

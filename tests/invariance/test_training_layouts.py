@@ -23,7 +23,7 @@ from worlds import run_worlds, slug
 REFERENCE = dict(layout={}, budget=10_000, optimizers=["sgd", "adam"])
 USUAL = [
     dict(layout={}, budget=40, recompute="full"),
-    dict(layout=dict(dp=2, ep=2), budget=60, distributed_optimizer=True),
+    dict(layout=dict(dp=2, ep=2), budget=60, distributed_optimizer=True, overlap_grad_reduce=True),
     dict(layout=dict(tp=2, ep=2), budget=60, reference=dict(pp=2)),
     dict(layout=dict(pp=2, vpp=2), budget=60, reference=dict(ep=2)),
     dict(layout=dict(cp=2, ep=2), budget=60),
@@ -38,6 +38,8 @@ REST = [
     dict(layout={}, budget=60, distributed_optimizer=True),
     dict(layout=dict(dp=2), budget=60),
     dict(layout=dict(dp=2), budget=60, distributed_optimizer=True),
+    dict(layout=dict(dp=2), budget=40, overlap_grad_reduce=True),
+    dict(layout=dict(dp=2, ep=2), budget=60, distributed_optimizer=True),
     dict(layout=dict(dp=2, ep=2), budget=60),
     dict(layout=dict(dp=2, ep=2), budget=60, recompute="selective"),
     dict(layout=dict(tp=2), budget=60),
@@ -60,6 +62,8 @@ REST = [
     dict(layout=dict(tp=2, dp=2, ep=2), budget=60),
     dict(layout=dict(tp=2, dp=2, ep=2, etp=2), budget=60, distributed_optimizer=True),
     dict(layout=dict(tp=2, pp=2), budget=60),
+    dict(layout=dict(pp=2, vpp=2, dp=2, ep=2), budget=40, overlap_grad_reduce=True, distributed_optimizer=True),
+    dict(layout=dict(pp=2, dp=2), budget=40, overlap_grad_reduce=True, recompute="full"),
     dict(layout=dict(tp=2, pp=2), budget=60, reference=dict(ep=4), distributed_optimizer=True),
     dict(layout=dict(dp=4, ep=2), budget=60, reference=dict(cp=2, tp=2)),
     dict(layout=dict(tp=2, pp=2, vpp=2, ep=2), budget=60),
