@@ -17,7 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.study_tables import BY_LENGTH, COST, CUT_OFF, DISCRIMINATOR, LEARNING, LENGTHS, ROUTING, table
+from tools.study_tables import (
+    BY_LENGTH,
+    COST,
+    CUT_OFF,
+    DISCRIMINATOR,
+    ENDED_ITSELF,
+    FALL,
+    LEARNING,
+    LENGTHS,
+    ROUTING,
+    is_done,
+    table,
+)
 
 DEMO = Path("examples/demo")
 STEPS = 60  # half of the demo's, so that three seeds of a study take an afternoon on one core
@@ -134,10 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "token_loss": BY_LENGTH,
             "overlong": (*BY_LENGTH, *CUT_OFF),
             "learning_rate": ROUTING,
-            "fall": ROUTING,
             "constraints": DISCRIMINATOR,
         }
-        learning = LEARNING + more.get(args.study, ())
+        learning = FALL if args.study == "fall" else LEARNING + more.get(args.study, ())
         print(table(args.folder, arms, args.seeds, COST if args.verb == "cost" else learning))
 
 
@@ -189,11 +200,16 @@ def make_pairs(home: Path, seed: int, start: str) -> Path:
 def train(home: Path, name: str, seed: int, config: str, *overrides: str) -> None:
     """A run of `mcore-rl train`, or the rest of one that was stopped."""
     run_dir = home / name
-    if (run_dir / "report.png").exists():  # the last thing a run leaves
+    if is_done(run_dir):
         return
     resume = ["resume=true"] if (run_dir / "metrics.jsonl").exists() else []
     place = (f"name={name}", f"output_dir={home}", f"seed={seed}")
-    call(beside_python("mcore-rl"), "train", str(DEMO / config), *place, *BESIDE, *overrides, *resume)
+    try:
+        call(beside_python("mcore-rl"), "train", str(DEMO / config), *place, *BESIDE, *overrides, *resume)
+    except subprocess.CalledProcessError:
+        if not (run_dir / "metrics.jsonl").exists():  # it did not even start
+            raise
+        (run_dir / ENDED_ITSELF).touch()  # as DAPO does where no group is left that it could learn from
 
 
 def beside_python(command: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mcore_rl.metrics import read_metrics
 
+ENDED_ITSELF = "ended_itself"  # beside the metrics of a run that failed before its last step
 LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mixed lengths is asked afterwards
 
 
@@ -74,6 +75,11 @@ def collapsed(rows: list[dict]) -> float | None:
     return fallen
 
 
+def reward_of_last(count: int) -> Callable[[list[dict]], float | None]:
+    """Mean over the last `count` rollouts."""
+    return lambda rows: statistics.fmean([r["reward/mean"] for r in rows if "reward/mean" in r][-count:])
+
+
 def held(rows: list[dict]) -> list[float]:
     """Parameters of every model in the trainer's memory, the policy among them."""
     return [n for key, n in rows[0].items() if key.startswith("memory/") and key.endswith("_parameters")]
@@ -97,6 +103,15 @@ ROUTING = (
     Column("chi, first", first("moe/chi"), "{:.2f}"),
     Column("last", last("moe/chi"), "{:.2f}"),
     Column("flipped tokens, last", last("moe/flip_any"), "{:.2f}", "mean"),
+)
+FALL = (
+    Column("reward of the first rollout", first("reward/mean")),
+    Column("of the last five", reward_of_last(5)),
+    Column("of all seeds, the last five", reward_of_last(5), "{:.3f}", "mean"),
+    Column("ended itself after step", last("ended_at"), "{:.0f}"),
+    Column("chi, first", first("moe/chi"), "{:.2f}"),
+    Column("median", median("moe/chi"), "{:.2f}", "mean"),
+    Column("flipped tokens, first", first("moe/flip_any"), "{:.2f}", "mean"),
 )
 CUT_OFF = (
     Column("responses cut off, first step", first("response/truncated_frac"), "{:.2f}", "mean"),
@@ -133,7 +148,7 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
     """Markdown, one line an arm, of the runs that are finished."""
     lines = ["| | seeds | " + " | ".join(c.title for c in columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for arm in arms:
-        done = [seed for seed in seeds if (folder / f"seed{seed}" / arm / "report.png").exists()]
+        done = [seed for seed in seeds if is_done(folder / f"seed{seed}" / arm)]
         runs = [rows_of(folder / f"seed{seed}" / arm) for seed in done]
         if runs:
             cells = (column.cell(runs) for column in columns)
@@ -141,9 +156,16 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
     return "\n".join(lines)
 
 
+def is_done(run_dir: Path) -> bool:
+    """Whether a run has come to its end, or to one of its own before that."""
+    return any((run_dir / last).exists() for last in ("report.png", ENDED_ITSELF))
+
+
 def rows_of(run_dir: Path) -> list[dict]:
     """Metrics of a run, with the accuracies that were asked for afterwards: in its last row, "before" in its first."""
     rows = read_metrics(run_dir / "metrics.jsonl")
+    if (run_dir / ENDED_ITSELF).exists():
+        rows[-1]["ended_at"] = float(rows[-1]["step"])
     for path in run_dir.glob("accuracy_*.json"):
         accuracy = json.loads(path.read_text())["eval/accuracy"]
         key = "eval/accuracy" if path.stem in ("accuracy_before", "accuracy_after") else path.stem

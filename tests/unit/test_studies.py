@@ -5,7 +5,19 @@ import json
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import load_config
 from tools.studies import ARMS, DEMO, STUDIES, WARM_STARTS
-from tools.study_tables import BY_LENGTH, COST, LEARNING, Column, collapsed, held, mean, median, table
+from tools.study_tables import (
+    BY_LENGTH,
+    COST,
+    ENDED_ITSELF,
+    FALL,
+    LEARNING,
+    Column,
+    collapsed,
+    held,
+    mean,
+    median,
+    table,
+)
 
 ROWS = [
     {"step": 0, "eval/accuracy": 0.25, "memory/policy_parameters": 8e5, "memory/critic_parameters": 8e5},
@@ -52,6 +64,17 @@ def test_a_table_has_the_finished_runs_only(tmp_path):
 
     (tmp_path / "seed0" / "grpo" / "accuracy_20.json").write_text('{"eval/accuracy": 0.5}')
     assert table(tmp_path, ["grpo"], [0, 1], BY_LENGTH).splitlines()[2] == "| grpo | 0 1 | - | - | 0.50 - |"
+
+
+def test_a_run_that_ended_itself_counts_with_what_it_has(tmp_path):
+    rewards = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+    rows = [{"step": step, "reward/mean": reward} for step, reward in enumerate(rewards)]
+    write(tmp_path, 0, "dapo", rows)
+    write(tmp_path, 1, "dapo", rows[:4], finished=False)
+    assert table(tmp_path, ["dapo"], [0, 1], FALL).splitlines()[2].startswith("| dapo | 0 | 0.50 | 0.20 |")
+    (tmp_path / "seed1" / "dapo" / ENDED_ITSELF).touch()
+    both = table(tmp_path, ["dapo"], [0, 1], FALL).splitlines()[2]
+    assert both.startswith("| dapo | 0 1 | 0.50 0.50 | 0.20 0.35 | 0.275 | - 3 |")
 
 
 def test_arms_are_configurations_that_exist():
