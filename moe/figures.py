@@ -31,8 +31,9 @@ FIGURES: dict[int, list[Spec]] = {
         Spec(
             "updates",
             ("update/1/flips",),
-            (p.flips_by_update,),
-            "The policies are those given after OLD, in their order.",
+            (p.flips_by_update, p.parts_by_update, p.chi_by_update),
+            "The policies are those given after OLD, in their order: the updates of one rollout, or later versions. "
+            "Above the red line the sequence ratio is the nearer one.",
         ),
     ],
     2: [

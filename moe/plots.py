@@ -135,6 +135,26 @@ def flips_by_update(axes: Any, everything: All) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
+def parts_by_update(axes: Any, everything: All) -> None:
+    axes.set_title("Variance of both parts of z, by update")
+    draw(axes, everything, "update/", "/var_w", BLUE, "weights, z_w")
+    draw(axes, everything, "update/", "/var_r", ORANGE, "routing, z_r")
+    axes.set_xlabel("policy after OLD, in the order given")
+    axes.set_yscale("log")
+    axes.set_ylabel("nats squared")
+    axes.legend()
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def chi_by_update(axes: Any, everything: All) -> None:
+    axes.set_title("chi, by update")
+    draw(axes, everything, "update/", "/chi", PURPLE, "chi")
+    axes.axhline(1, color=RED, linewidth=1.2)
+    axes.set_xlabel("policy after OLD, in the order given")
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
 # ---------------------------------------------------------------- steps 2 and 3
 
 
