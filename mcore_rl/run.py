@@ -30,7 +30,7 @@ from mcore_rl.policies import as_policy, check_reference, following, holds_refer
 from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead
 from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.rollout.placement import resolve
+from mcore_rl.rollout.placement import resolve, samples_anything
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.rollout.vllm_engine import open_engine
 from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
@@ -130,7 +130,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
             "Adam only; set optimizer.name=adam or parallel.distributed_optimizer=false"
         )
     resolve(config.rollout, config.weight_sync, world)
-    reward = load_reward(config.reward, task) if algorithm.needs_rollouts or config.evaluate.sample else None
+    reward = load_reward(config.reward, task) if samples_anything(config, algorithm) else None
     return Plan(config, layout, hf_config, tokenizer, algorithm, task, reward)
 
 

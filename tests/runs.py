@@ -58,8 +58,8 @@ def dies_in_step_6(prompt, trajectory):
 
 
 def python_path() -> str:
-    """PYTHONPATH that puts this checkout before what is there."""
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    """PYTHONPATH that puts this checkout and its tests before what is there."""
+    return os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH"))))
 
 
 def command(folder: Path, *arguments: str) -> tuple[int, str, str]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from runs import python_path
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,8 +22,7 @@ def run_worlds(script: str, cases: list[dict[str, Any]], ranks: int, timeout_s: 
     """Run `script` on `ranks` processes; it must hand its first argument to `each_world`."""
     worlds = [[case, port] for case, port in zip(cases, free_ports(len(cases)))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", script]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([*command, json.dumps(worlds)], env=env, stderr=subprocess.PIPE, text=True) as process:
         try:
             _, stderr = process.communicate(timeout=timeout_s)

@@ -21,6 +21,7 @@ from mcore_rl.planning.memory import (
     trained_state,
 )
 from mcore_rl.policies import reference_layout
+from mcore_rl.rollout.placement import samples_anything
 
 # Assumptions, in bytes, that no formula gives.
 RESERVE = 4 * GIB  # CUDA context, NCCL's buffers, the allocator's fragmentation
@@ -164,7 +165,7 @@ def estimate(
     prompt_tokens = max(1, min(config.data.max_prompt_tokens or ASSUMED_PROMPT_TOKENS, room))
     length = prompt_tokens + config.rollout.max_response_tokens
     schedule = _schedule(config, layout, models.algorithm, length)
-    samples = models.algorithm.needs_rollouts or config.evaluate.sample
+    samples = samples_anything(config, models.algorithm)
     engine = _engine(config, models, length, hardware, placement) if samples else None
     places = []
     for stage in range(layout.pp):

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, Started, assert_nothing_left, numbers, rows, tiny, wait_until
+from runs import Started, assert_nothing_left, numbers, python_path, rows, tiny, wait_until
 
 # sleep: nothing happens on a CPU, but every rank takes part
 SECTIONS = {"rollout": {"sleep": True}, "parallel": {"ep": 2, "timeout_s": 60}, "checkpoint": {"export_hf": False}}
@@ -21,7 +21,7 @@ class Node:
     def __init__(self, folder: Path, name: str, endpoint: str, *arguments: str):
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
         (folder / name).mkdir()
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / name), "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder / name), "PYTHONPATH": python_path()}
         command = [sys.executable, "-m", "mcore_rl.cli", "train", "config.yaml", "--nproc-per-node=1", "--nnodes=2"]
         command += [f"--rdzv-endpoint={endpoint}", *arguments]
         with self.out.open("w") as out, self.err.open("w") as err:

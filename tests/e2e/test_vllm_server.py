@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, max_error
+from runs import python_path
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
@@ -35,7 +36,7 @@ def start_server(model: Path, log: Path, backend: str = "shm") -> tuple[subproce
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": python_path(),
     }
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command = [*module, *flags.split(), "--weight-transfer-config", f'{{"backend": "{backend}"}}']

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import python_path
 from tiny_models import save_tiny_hf
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -243,7 +244,7 @@ def check_sharded(ranks: int, jobs: list[tuple[Path, dict]], scratch: Path) -> N
             str(scratch),
             json.dumps([(str(path), axes, port) for (path, axes), port in zip(jobs, free_ports(len(jobs)))]),
         ],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=600,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from runs import python_path
 from tiny_models import FAMILIES, save_tiny_hf
 
 from mcore_rl.rollout.vllm_arguments import CPU_LATENT_SIZE
@@ -63,7 +64,7 @@ def found(request, tmp_path_factory):
         folders.append(tmp_path_factory.mktemp("families") / name)
         for seed in range(2):
             save_tiny_hf(folders[-1] / str(seed), family=name, seed=seed, **SIZES.get(name, {}))
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, str(request.param), *map(str, folders)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, max_error
+from runs import python_path
 from tiny_models import save_tiny_hf
 
 from mcore_rl.config import WeightSyncConfig
@@ -120,7 +121,7 @@ def test_a_checkpoint_in_a_buffer_is_aligned_and_does_not_overlap():
 
 
 def run_script(launcher, placement, backend, dirs, *more, expect=0):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(TESTS / "rollout_script.py"), placement, backend, *map(str, dirs), *more]
     pipe = subprocess.PIPE
     script = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)

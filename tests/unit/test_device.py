@@ -11,11 +11,11 @@ import os
 import subprocess
 import sys
 from multiprocessing.managers import BaseProxy
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from runs import python_path
 from torch import Tensor
 
 from mcore_rl.parallel import device, groups, megatron_patches
@@ -232,7 +232,7 @@ def test_uneven_gather(tmp_path, without):
 
 
 def python_process(command: list[str]) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    env = os.environ | {"PYTHONPATH": python_path()}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from runs import python_path
 from torch.distributed import distributed_c10d
 
 from mcore_rl.parallel import groups
@@ -112,7 +113,7 @@ def test_lost_rank_ends_the_wait(tmp_path):
     script.write_text(TWO_RANKS)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         timeout=120,
