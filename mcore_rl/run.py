@@ -118,7 +118,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
         longest = max(longest, check_examples(config, task))
     check_scorers(config, algorithm, layout, tokenizer, longest)
     check_routing(config, algorithm, hf_config)
-    errors = [str(f) for f in lint(config, algorithm) if f.level == "error"]
+    errors = [f"{f.key}: {f.message}" for f in lint(config, algorithm) if f.level == "error"]
     if errors:
         raise ValueError("; ".join(errors))
     if "pairs" in algorithm.needs:

@@ -1,7 +1,7 @@
 """moe-stability: what expert routing does to importance ratios, and what that allows to be said.
 
-Every command writes its numbers (JSON, CSV), plots, report.html and verdicts.json into --out. Exit codes: 0 ok, 1 a
-theorem is broken or a training run is unstable, 2 a mistake of usage. docs/moe_stability.md explains how to read it.
+Every command writes its numbers (JSON, CSV), plots, report.html, verdicts.json and ledger.md into --out. Exit codes: 0
+ok, 1 a theorem is broken or a training run is unstable, 2 a mistake of usage. How to read it: docs/moe_stability.md.
 """
 
 from __future__ import annotations

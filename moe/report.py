@@ -33,7 +33,7 @@ def verdicts_of(replicates: Sequence[Replicate]) -> list[Verdict]:
 
 
 def write_report(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, list[Verdict]]:
-    """Draw OUT/report.html, its plots as files, and OUT/verdicts.json, from the studies in `folders`.
+    """Draw OUT/report.html, its plots as files, OUT/verdicts.json and OUT/ledger.md, from the studies in `folders`.
 
     Raises:
         ValueError: a folder without studies.
@@ -59,6 +59,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path) -> tuple[Path, 
         thresholds=THRESHOLDS,
     )
     _write_verdicts(out, verdicts)
+    write(out / "ledger.md", ledger(verdicts))
     return write(out / "report.html", html), verdicts
 
 
@@ -140,3 +141,17 @@ def _write_verdicts(out: Path, verdicts: Sequence[Verdict]) -> None:
         for v in verdicts
     ]
     write(out / "verdicts.json", json.dumps(rows, indent=1) + "\n")
+
+
+def ledger(verdicts: Sequence[Verdict]) -> str:
+    """The claims as a Markdown table: what is theorem, what held, what did not; replicates in their order."""
+    lines = ["| step | claim | kind | verdict | numbers |", "|---|---|---|---|---|"]
+    for v in verdicts:
+        texts = [text for _, text in v.findings]
+        names = {text.partition(" = ")[0] for text in texts if text.count(" = ") == 1}
+        if len(names) == 1 and len(texts) > 1:
+            (name,) = names
+            texts = [f"{name} = " + "; ".join(text.removeprefix(f"{name} = ") for text in texts)]
+        kind = "theorem" if v.claim.proved else "observation"
+        lines.append(f"| {v.claim.step} | {v.claim.text} | {kind} | {v.standing} | {'; '.join(texts) or v.reason} |")
+    return "\n".join(lines) + "\n"

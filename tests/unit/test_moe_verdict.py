@@ -11,6 +11,7 @@ import torch
 
 from moe.claims import CLAIMS, STEPS
 from moe.decompose import crossover, jump, parts
+from moe.report import ledger
 from moe.stats import Answers, Estimate, estimates, mean_of
 from moe.study import Study, pooled
 from moe.sweep import ALPHAS, laws
@@ -149,6 +150,16 @@ def test_the_laws_of_the_step_in_both_directions():
         assert standing(BY_KEY[key], *[lawful] * 3) is Standing.SUPPORTED, key
     assert standing(BY_KEY["routing-linear"], *[lawless] * 3) is Standing.CONTRADICTED
     assert standing(BY_KEY["chi-crosses"], *[lawful] * 3) is Standing.SUPPORTED
+
+
+def test_the_ledger_names_a_number_once_and_keeps_the_order_of_the_replicates():
+    one = judge(claim(within("x", 0)), {"a": {"x": est(1, 2)}, "b": {"x": est(3, 4)}, "c": {"x": est(5, 6)}})
+    two = judge(claim(apart("x", "y")), {"a": {"x": est(1, 2), "y": est(0, 0)}})
+    none = judge(claim(within("z")), {"a": {"x": est(1, 2)}})
+    lines = ledger([one, two, none]).splitlines()[2:]
+    assert lines[0].endswith("| observation | supported | x = 1.5 [1, 2]; 3.5 [3, 4]; 5.5 [5, 6] |")
+    assert lines[1].endswith("| observation | not shown | x = 1.5 [1, 2], y = 0 |")
+    assert "| not shown | not run yet: moe-stability " in lines[2]
 
 
 def test_claims_are_complete():
