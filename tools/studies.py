@@ -2,6 +2,7 @@
 
 python -m tools.studies run algorithms runs/studies --seeds 0 1 2       # hours on two cores; goes on where it stopped
 python -m tools.studies table algorithms runs/studies                   # Markdown
+python -m tools.studies against-first fall runs/studies                 # of rewards: each arm against the first
 
 Every arm of a seed starts from the same warm start, `runs/studies/seedN/sft`, and lies beside it. The trainer is one
 rank, the rollout engine a child of it, so that the trainer's peak memory is its own.
@@ -27,6 +28,7 @@ from tools.study_tables import (
     LEARNING,
     LENGTHS,
     ROUTING,
+    against_first,
     is_done,
     table,
 )
@@ -83,6 +85,7 @@ ARMS: dict[str, Arm] = {
         for name, config, changes, warm_start in (
             *((name, name, WATCHED, "sft") for name in ("grpo", "dapo", "gspo", "sapo")),
             ("grpo_r2", "grpo", (*WATCHED, "moe.routing_replay=old"), "sft"),
+            ("grpo_frozen", "grpo", (*WATCHED, "model.freeze_router=true"), "sft"),
             ("sapo_r2", "sapo", (*WATCHED, "moe.routing_replay=old"), "sft"),
             ("grpo_dense", "grpo", (), "sft_dense"),
             ("sapo_dense", "sapo", (), "sft_dense"),
@@ -130,7 +133,7 @@ STUDIES: dict[str, tuple[str, ...]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table", "cost"))
+    parser.add_argument("verb", choices=("run", "table", "cost", "against-first"))
     parser.add_argument("study", choices=tuple(STUDIES))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -141,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in args.seeds:
             for arm in arms:
                 run_arm(args.folder, seed, arm)
+    elif args.verb == "against-first":
+        print(against_first(args.folder, arms, args.seeds))
     else:
         more = {
             "token_loss": BY_LENGTH,

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from mcore_rl.metrics import read_metrics
@@ -154,6 +155,29 @@ def table(folder: Path, arms: Iterable[str], seeds: Sequence[int], columns: Sequ
             cells = (column.cell(runs) for column in columns)
             lines.append(f"| {arm} | {' '.join(map(str, done))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def against_first(folder: Path, arms: Sequence[str], seeds: Sequence[int], count: int = 5) -> str:
+    """Markdown: the reward of the last `count` rollouts of each arm less that of the first arm with the same seed.
+
+    p is that of an exact two-sided sign-flip test of the mean of these differences: 2**-9 is the least of 10 seeds.
+    """
+    of = reward_of_last(count)
+    rewards = {arm: [of(rows_of(folder / f"seed{seed}" / arm)) for seed in seeds] for arm in arms}
+    lines = ["| | mean | below 0.05 | mean difference | p |", "|---|---|---|---|---|"]
+    for arm, values in rewards.items():
+        low = f"{sum(v < 0.05 for v in values)} of {len(values)}"
+        differences = [v - other for v, other in zip(values, rewards[arms[0]], strict=True)]
+        compared = f"{statistics.fmean(differences):+.3f} | {sign_flip(differences):.3g}" if any(differences) else " | "
+        lines.append(f"| {arm} | {statistics.fmean(values):.3f} | {low} | {compared} |")
+    return "\n".join(lines)
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Share of all 2**n choices of signs whose mean is at least as far from 0."""
+    far = abs(sum(differences)) * (1 - 1e-12)
+    sums = [abs(sum(s * d for s, d in zip(signs, differences))) for signs in product((1, -1), repeat=len(differences))]
+    return sum(total >= far for total in sums) / len(sums)
 
 
 def is_done(run_dir: Path) -> bool:

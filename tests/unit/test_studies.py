@@ -12,10 +12,12 @@ from tools.study_tables import (
     FALL,
     LEARNING,
     Column,
+    against_first,
     collapsed,
     held,
     mean,
     median,
+    sign_flip,
     table,
 )
 
@@ -75,6 +77,16 @@ def test_a_run_that_ended_itself_counts_with_what_it_has(tmp_path):
     (tmp_path / "seed1" / "dapo" / ENDED_ITSELF).touch()
     both = table(tmp_path, ["dapo"], [0, 1], FALL).splitlines()[2]
     assert both.startswith("| dapo | 0 1 | 0.50 0.50 | 0.20 0.35 | 0.275 | - 3 |")
+
+
+def test_arms_against_the_first_by_seed(tmp_path):
+    """Signs can be flipped in eight ways; with differences of 1, 2 and 3 only two are as far from 0."""
+    for seed in range(3):
+        write(tmp_path, seed, "grpo", [{"step": 1, "reward/mean": 0.0}])
+        write(tmp_path, seed, "gspo", [{"step": 1, "reward/mean": float(seed + 1)}])
+    first, second = against_first(tmp_path, ["grpo", "gspo"], [0, 1, 2]).splitlines()[2:]
+    assert first == "| grpo | 0.000 | 3 of 3 |  |  |" and second == "| gspo | 2.000 | 0 of 3 | +2.000 | 0.25 |"
+    assert sign_flip([1.0, -1.0]) == 1.0
 
 
 def test_arms_are_configurations_that_exist():
