@@ -14,7 +14,7 @@ from mcore_rl.config import ModelConfig, parse_config
 from mcore_rl.data.packing import pack_mini_batch, samples_of, split_mini_batches
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.run import _policy
+from mcore_rl.policies import as_policy
 
 
 @pytest.mark.parametrize("name", ["cispo", "gspo", "sapo"])
@@ -49,7 +49,7 @@ def test_the_sampling_temperature_is_that_of_the_training_pass(name):
         algorithm=algorithm,
         hf_config=SimpleNamespace(vocab_size=8),
     )
-    assert _policy(plan, None, []).temperature == (0.6 if algorithm.needs_rollouts else 1.0)
+    assert as_policy(plan, None, []).temperature == (0.6 if algorithm.needs_rollouts else 1.0)
 
 
 def test_no_router_bias_is_updated(tiny_moe_dir):
