@@ -5,6 +5,7 @@ python -m tools.bench.logprob --tokens 4096 --vocab 32768 --json
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     """Memory above what was held before, at its most: of the device, or of this process."""
     if torch.cuda.is_available():
         return device_peak_bytes(step)
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps of earlier steps would hide a part of this one's
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again at what is held now
     before = _of_this_process("VmRSS")
     step()
