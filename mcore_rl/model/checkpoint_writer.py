@@ -1,6 +1,6 @@
 """Writing training checkpoints: beside and renamed, by a thread while training goes on where that is asked for.
 
-checkpoints/step_000040/    complete, or not there at all; a folder a trained model: policy/, critic/
+checkpoints/step_000040/    complete, or not there at all; a folder a model: policy/, critic/, reference/
 checkpoints/step_000050.tmp what is being written, or what a crash leaves; removed by the next save
 """
 
