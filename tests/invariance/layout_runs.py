@@ -65,7 +65,8 @@ def run_case(case: dict[str, Any], groups) -> None:
             optimizer_module.DistributedDataParallelConfig, bucket_size=5_000
         )
     policy = trained_policy(config, groups, "adam")
-    assert not config.parallel.overlap_grad_reduce or len(policy.training.chunks[0].bucket_groups) > 3
+    if config.parallel.overlap_grad_reduce and config.parallel.pp == 1:  # stages behind the first have one for all
+        assert len(policy.training.chunks[0].bucket_groups) > 3
     found: dict[str, Any] = {"steps": one_step_each(config, groups, policy), "trajectories": {}}
     optimizers = case.get("optimizers") or ["adam" if config.parallel.distributed_optimizer else "sgd"]
     for optimizer in optimizers:
