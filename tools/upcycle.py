@@ -17,6 +17,8 @@ import torch
 import typer
 from torch import Tensor
 
+from mcore_rl.weights.atomic import written_beside
+
 
 def upcycle(dense: dict[str, Tensor], experts: int, noise: float, router_std: float, seed: int) -> dict[str, Tensor]:
     """Tensors of a Mixtral, by their names on disk, from those of a Llama.
@@ -78,12 +80,11 @@ def main(
         dtype="float32",
     )
     state = {k: v for k, v in model.state_dict().items() if not (llama.tie_word_embeddings and k == "lm_head.weight")}
-    partial = out.with_name(out.name + ".tmp")
-    config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    tensors = upcycle(state, experts, noise, router_std, seed)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial / "model.safetensors", {"format": "pt"})
-    partial.rename(out)
+    tensors = {k: v.contiguous() for k, v in upcycle(state, experts, noise, router_std, seed).items()}
+    with written_beside(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        save_file(tensors, partial / "model.safetensors", {"format": "pt"})
     print(f"{out}: {sum(v.numel() for v in tensors.values()):,} parameters, {experts} experts, top-{top_k}")
 
 

@@ -54,12 +54,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
     layout.validate_model(hf_config)
     dtype = getattr(torch, model.dtype)
     settings = dict(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
+        **layout.megatron_sizes,
         sequence_parallel=layout.tp > 1,
         # Packed micro-batches differ in length: in time between pipeline stages, and between data-parallel ranks, which
         # only this dispatcher allows. Megatron wants it named for dense models too.

@@ -22,7 +22,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from mcore_rl.data.real_fake import DiscriminatorState
 from mcore_rl.model.forward import Policy
-from mcore_rl.model.optimizer import Training
+from mcore_rl.model.optimizer import Training, torch_optimizers
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
 
@@ -186,8 +186,7 @@ def frozen_state(model: Policy) -> dict[str, Any]:
 
 def _materialise_optimizer_state(training: Training) -> None:
     """Give torch's Adam its (zero) state: Megatron asks a fresh optimizer for the tensors it will load into."""
-    for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
-        inner = part.optimizer
+    for inner in torch_optimizers(training.optimizer):
         if not isinstance(inner, torch.optim.Adam):
             continue
         for group in inner.param_groups:

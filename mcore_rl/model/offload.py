@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.nn import Module
 
@@ -75,19 +74,3 @@ def in_use(memory: HostMemory | None, *, change: bool = False) -> AbstractContex
 def frozen_weights(chunks: Sequence[Module], device: torch.device) -> HostMemory:
     """Of a model that is only read."""
     return HostMemory(lambda: (p for chunk in chunks for p in chunk.parameters()), device)
-
-
-def optimizer_state(optimizer: MegatronOptimizer, chunks: Sequence[Module], device: torch.device) -> HostMemory:
-    """Of a trained model's optimizer: its moments, and main weights that are no views of the model's own."""
-    of_model = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
-
-    def tensors() -> Iterator[Tensor]:
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            inner = part.optimizer
-            for weight in (p for group in inner.param_groups for p in group["params"]):
-                if weight.untyped_storage().data_ptr() not in of_model:
-                    yield weight
-                # torch's Adam counts its steps in tensors without a dimension, on the CPU
-                yield from (x for x in inner.state.get(weight, {}).values() if torch.is_tensor(x) and x.dim() > 0)
-
-    return HostMemory(tensors, device)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
+from torch import Tensor
 from torch.nn import Module
 
 from mcore_rl.config import OptimizerConfig, ParallelConfig
-from mcore_rl.model.offload import HostMemory, in_use, optimizer_state
+from mcore_rl.model.offload import HostMemory, in_use
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,26 @@ class Training:
                 self.optimizer.zero_grad()  # drops the main weights' own copies of the gradients
         self.scheduler.step(increment=1)
         return float(grad_norm), lr
+
+
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """Those that do the work: Megatron has one for dense and one for expert parameters."""
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
+
+
+def optimizer_state(optimizer: MegatronOptimizer, chunks: Sequence[Module], device: torch.device) -> HostMemory:
+    """Of a trained model's optimizer: its moments, and main weights that are no views of the model's own."""
+    of_model = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
+
+    def tensors() -> Iterator[Tensor]:
+        for inner in torch_optimizers(optimizer):
+            for weight in (p for group in inner.param_groups for p in group["params"]):
+                if weight.untyped_storage().data_ptr() not in of_model:
+                    yield weight
+                # torch's Adam counts its steps in tensors without a dimension, on the CPU
+                yield from (x for x in inner.state.get(weight, {}).values() if torch.is_tensor(x) and x.dim() > 0)
+
+    return HostMemory(tensors, device)
 
 
 def freeze_routers(chunks: Sequence[Module]) -> None:

@@ -100,7 +100,7 @@ def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
     device = _local_device()
     with explain_timeouts(timeout_s), _one_gloo_device(timedelta(seconds=timeout_s)):
         _join(device, timeout_s)
-        _make(layout, timeout_s)
+        _initialize(layout, timeout_s)
     # As in Megatron's own training loop: stages of a pipeline draw from separate seeds.
     stage_seed = seed + 100 * layout.coords(dist.get_rank()).pp
     torch.manual_seed(stage_seed)
@@ -120,7 +120,9 @@ def another(groups: Groups, layout: ParallelLayout, timeout_s: float) -> Groups:
     vars(parallel_state).update(_NO_GROUPS)
     try:
         with explain_timeouts(timeout_s), _one_gloo_device(timedelta(seconds=timeout_s)):
-            _make(layout, timeout_s)
+            parallel_state.initialize_model_parallel(
+                **layout.megatron_sizes, distributed_timeout_minutes=timeout_s / 60
+            )
         return _groups(layout, groups.device)
     finally:
         vars(parallel_state).update(first)
@@ -200,16 +202,9 @@ def _one_gloo_device(limit: timedelta) -> Iterator[None]:
         distributed_c10d.ProcessGroupGloo = own
 
 
-def _make(layout: ParallelLayout, timeout_s: float) -> None:
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=layout.etp,
-        distributed_timeout_minutes=timeout_s / 60,
-    )
+def _initialize(layout: ParallelLayout, timeout_s: float) -> None:
+    minutes = timeout_s / 60
+    parallel_state.initialize_model_parallel(**layout.megatron_sizes, distributed_timeout_minutes=minutes)
 
 
 def _megatron_state() -> dict[str, Any]:

@@ -93,6 +93,18 @@ class ParallelLayout:
         return self.stage_size // (self.ep * self.etp)
 
     @property
+    def megatron_sizes(self) -> dict[str, int | None]:
+        """The axes in the words that Megatron has for them, in its configuration and in its groups."""
+        return dict(
+            tensor_model_parallel_size=self.tp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp if self.vpp > 1 else None,
+            context_parallel_size=self.cp,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+        )
+
+    @property
     def segment_multiple(self) -> int:
         """Sequences of a packed batch are as long as a multiple of this: context ranks hold two chunks of each."""
         return 2 * self.cp if self.cp > 1 else 1

@@ -15,7 +15,7 @@ from mcore_rl.config import CheckpointConfig, ModelConfig, OptimizerConfig, Para
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.checkpoint_writer import CheckpointWriter
-from mcore_rl.model.optimizer import build_training
+from mcore_rl.model.optimizer import build_training, torch_optimizers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
 
@@ -40,8 +40,8 @@ def weights(training) -> torch.Tensor:
 
 
 def moments(training) -> torch.Tensor:
-    parts = getattr(training.optimizer, "chained_optimizers", [training.optimizer])
-    return torch.cat([s["exp_avg_sq"].flatten() for part in parts for s in part.optimizer.state.values()])
+    inner = torch_optimizers(training.optimizer)
+    return torch.cat([s["exp_avg_sq"].flatten() for one in inner for s in one.state.values()])
 
 
 def names(folder: Path) -> list[str]:

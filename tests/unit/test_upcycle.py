@@ -38,7 +38,7 @@ def test_without_noise_it_is_the_dense_model(dense, tmp_path):
     want = logits(dense)
     assert (logits(tmp_path / "same") - want).abs().max() < 1e-4
     assert (logits(tmp_path / "noisy") - want).abs().max() > 1e-2
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {path.name for path in tmp_path.iterdir()} == {"same", "noisy"}
 
 
 def test_bad_arguments(dense, tiny_dense_dir, tmp_path):

@@ -20,7 +20,7 @@ from mcore_rl.config import CheckpointConfig, ModelConfig, OptimizerConfig, Para
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.checkpoint_writer import CheckpointWriter
-from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.model.optimizer import Training, build_training, torch_optimizers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
@@ -96,8 +96,8 @@ def _lost(training: Training, checkpoints: Path, groups: Groups) -> int:
 
 
 def _state(training: Training) -> list[Tensor]:
-    parts = getattr(training.optimizer, "chained_optimizers", [training.optimizer])
-    moments = [s[k] for part in parts for s in part.optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")]
+    states = [s for inner in torch_optimizers(training.optimizer) for s in inner.state.values()]
+    moments = [s[k] for s in states for k in ("exp_avg", "exp_avg_sq")]
     return [p.data for chunk in training.chunks for p in chunk.parameters()] + moments
 
 

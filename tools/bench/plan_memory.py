@@ -26,7 +26,7 @@ from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
 from mcore_rl.data.packing import Sample, pack_mini_batch
 from mcore_rl.model.build import build_model, read_hf_config, transformer_config
 from mcore_rl.model.forward import Policy, forward_backward
-from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.model.optimizer import Training, build_training, torch_optimizers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
@@ -83,7 +83,7 @@ def measured_state(training: Training) -> dict[str, int]:
     # Views of main_grad all lie in one buffer.
     gradients = {s.data_ptr(): s.nbytes() for s in _storages([p.main_grad for p in params])}
     optimizer = {}
-    for inner in (o.optimizer for o in training.optimizer.chained_optimizers):
+    for inner in torch_optimizers(training.optimizer):
         states = [t for state in inner.state.values() for name, t in state.items() if name != "step"]
         main = [p for group in inner.param_groups for p in group["params"]]
         tensors = {s.data_ptr(): s.nbytes() for s in _storages(states + main)}
