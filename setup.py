@@ -9,8 +9,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["mcore_rl*", "moe*", "tools*"]),
-    package_data={"moe": ["*.jinja"]},
+    packages=find_packages(include=["mcore_rl*", "moe*"]),
+    package_data={"moe.show": ["*.jinja"]},
     install_requires=[
         "torch>=2.13",
         "megatron-core==0.16.1",
@@ -35,5 +35,5 @@ setup(
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]"],
         "dev": ["pytest", "hypothesis", "ruff"],
     },
-    entry_points={"console_scripts": ["mcore-rl = mcore_rl.cli:main", "moe-stability = tools.moe_stability:main"]},
+    entry_points={"console_scripts": ["mcore-rl = mcore_rl.cli:main", "moe-stability = mcore_rl.cli.stability:main"]},
 )

@@ -183,10 +183,22 @@ class LoggingConfig(Section):
     report: bool = True  # write report.png at the end
 
 
+class AlgorithmConfig(BaseModel):
+    """The algorithm's name and whatever fields of it are set; `algorithms.load` knows which there are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str = "grpo"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class RunConfig(Section):
     name: str
     model: ModelConfig
-    algorithm: dict[str, Any] = {"name": "grpo"}  # name + that algorithm's own fields
+    algorithm: AlgorithmConfig = AlgorithmConfig()
     output_dir: str = "runs"
     steps: int = Field(100, ge=1)
     seed: int = Field(0, ge=0)

@@ -14,14 +14,29 @@ import traceback
 from dataclasses import dataclass
 
 
-def tell(error: BaseException) -> None:
-    """Print a failure to standard error, once: what the user can act on in its own words, our own bugs as a traceback.
+class RunFailure(Exception):
+    """The run has failed and the user knows why: this rank has told it, or another rank does. `__cause__` is why.
 
-    A second call with the same error prints nothing, nor does one with an error that another rank tells.
+    Attributes:
+        exit_code: that the rank ends with.
     """
-    if getattr(error, "told", False):
+
+    def __init__(self, exit_code: int):
+        super().__init__("the run failed, for a cause that has been told")
+        self.exit_code = exit_code
+
+
+class FailureInWordsError(RuntimeError):
+    """A failure whose message is all that its reader needs; other failures are shown with their traceback."""
+
+
+def tell(error: BaseException) -> None:
+    """Print a failure to standard error: what the user can act on in its own words, our own bugs as a traceback.
+
+    Prints nothing of a `RunFailure`.
+    """
+    if isinstance(error, RunFailure):
         return
-    error.told = True
     rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     if _is_in_words(error):
         print(f"error: {rank}{error}", file=sys.stderr, flush=True)
@@ -32,17 +47,15 @@ def tell(error: BaseException) -> None:
 
 def exit_code(error: BaseException) -> int:
     """2 for a user's mistake, 1 for a failure."""
+    if isinstance(error, RunFailure):
+        return error.exit_code
     return 2 if isinstance(error, ValueError) else 1
 
 
 def _is_in_words(error: BaseException) -> bool:
-    if isinstance(error, (ValueError, OSError)):
+    if isinstance(error, (ValueError, OSError, FailureInWordsError)):
         return True
-    if not isinstance(error, RuntimeError):
-        return False
-    from mcore_rl.rollout.engine import RolloutError  # only now: it imports much, and a mistake must be told at once
-
-    return isinstance(error, RolloutError) or error.__cause__ is not None  # raised from a cause: already explained
+    return isinstance(error, RuntimeError) and error.__cause__ is not None  # raised from a cause: already explained
 
 
 @dataclass(frozen=True)

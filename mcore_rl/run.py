@@ -2,156 +2,52 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
 
-from transformers import AutoTokenizer, PretrainedConfig
-
-from mcore_rl import algorithms
-from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig, dump_config
-from mcore_rl.data.real_fake import check_examples
-from mcore_rl.data.tasks import Task, build_task
-from mcore_rl.launch import tell
-from mcore_rl.lint import lint
-from mcore_rl.metrics import RunLog
-from mcore_rl.model.build import read_hf_config
+from mcore_rl.launch import RunFailure, exit_code, tell
+from mcore_rl.logs.metrics import RunLog
 from mcore_rl.model.checkpoint import Progress, load_checkpoint
-from mcore_rl.model.forward import Policy, Scorer
-from mcore_rl.model.optimizer import Training, build_training
+from mcore_rl.model.forward import Scorer
+from mcore_rl.model.optimizer import build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.collectives import on_rank_0, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
-from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.policies import as_policy, check_reference, following, holds_reference, load_chunks, load_reference
+from mcore_rl.planning.lint import lint
+from mcore_rl.planning.plan import Plan, holds_reference, returns_routes, rollout_sampling, total_updates
+from mcore_rl.roles.critic import critic_training
+from mcore_rl.roles.discriminator import discriminator_training
+from mcore_rl.roles.models import Models
+from mcore_rl.roles.policy import as_policy, load_chunks, router_header, with_routers
+from mcore_rl.roles.reference import following, load_reference
+from mcore_rl.roles.reward_model import reward_scorer
 from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead
-from mcore_rl.rollout.collect import Reward
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.rollout.placement import resolve, samples_anything
-from mcore_rl.rollout.rewards import load_reward
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import WeightTransfer, connect
-from mcore_rl.routing import check_routing, returns_routes, router_header, with_routers
-from mcore_rl.scorers import check_scorers, critic_training, discriminator_training, reward_scorer
-from mcore_rl.types import SamplingParams
-from mcore_rl.weights.families import is_scorer
-from mcore_rl.weights.stored import check_weights
+from mcore_rl.rollout.transfer.transfer import WeightTransfer, connect
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.weights.sync import WeightExporter
-
-if TYPE_CHECKING:
-    from mcore_rl.reference import GivenLogprobs
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A checked configuration: what can be known before a process group, a model or an engine exists."""
-
-    config: RunConfig
-    layout: ParallelLayout
-    hf_config: PretrainedConfig
-    tokenizer: Any
-    algorithm: Algorithm
-    task: Task
-    reward: Reward | None
-
-    @property
-    def samples(self) -> bool:
-        """Whether the run samples anything: only then it has an engine and a reward."""
-        return self.reward is not None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A running configuration on this rank. `engine`, `rollouts` and `log` exist on rank 0 only; without sampling
-    there are no `engine` and no `transfer`."""
+    """A running configuration on this rank; every phase of a step is given the parts that it uses.
+
+    Attributes:
+        engine, rollouts: on rank 0 of a run that samples. transfer: on every rank of one. log: on rank 0.
+        start: where the loop begins.
+    """
 
     plan: Plan
     groups: Groups
-    trained: dict[str, Training]  # "policy" and those of "critic", "discriminator" it needs: what a checkpoint holds
-    policy: Policy
-    reference: Policy | None
-    reference_logprobs: GivenLogprobs | None  # instead of the model, where all it will be asked is known
-    critic: Scorer | None
-    discriminator: Scorer | None  # its score is the reward, the rule's an audit
-    reward_model: Scorer | None  # its score is the reward, the rule's an audit
+    models: Models
     exporter: WeightExporter
     engine: RolloutEngine | None
     rollouts: RolloutsAhead | None
     transfer: WeightTransfer | None
     log: RunLog | None
     start: Progress
-
-
-def world_size() -> int:
-    """Trainer ranks, from torchrun's environment."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def make_plan(config: RunConfig, world: int) -> Plan:
-    """Check everything that can be checked without starting anything.
-
-    Raises:
-        ValueError: the algorithm, layout, model folder, data, reward or run folder does not fit, with the fix.
-    """
-    fields = dict(config.algorithm)
-    algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
-    layout = ParallelLayout.from_config(config.parallel, world)
-    hf_config = read_hf_config(config.model.path)
-    if is_scorer(hf_config):
-        raise ValueError(f"model.path={config.model.path!r} is a sequence classifier; a policy needs a ...ForCausalLM")
-    layout.validate_model(hf_config)
-    check_weights(config.model.path, hf_config)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    room = hf_config.max_position_embeddings - config.rollout.max_response_tokens
-    if room < 1:
-        raise ValueError(
-            f"rollout.max_response_tokens={config.rollout.max_response_tokens} leaves no room for a prompt: "
-            f"the model has {hf_config.max_position_embeddings} positions; lower it"
-        )
-    task = build_task(config.data, tokenizer, config.seed, max_model_tokens=room)
-    _check_sizes(config, algorithm, hf_config, task)
-    longest = (task.max_prompt_tokens or room) + config.rollout.max_response_tokens
-    if "discriminator" in algorithm.needs:
-        longest = max(longest, check_examples(config, task))
-    check_scorers(config, algorithm, layout, tokenizer, longest)
-    check_routing(config, algorithm, hf_config)
-    errors = [f"{f.key}: {f.message}" for f in lint(config, algorithm) if f.level == "error"]
-    if errors:
-        raise ValueError("; ".join(errors))
-    if "pairs" in algorithm.needs:
-        task.train_pairs()
-    check_reference(config, algorithm, hf_config, world)
-    if config.optimizer.name == "sgd" and config.parallel.distributed_optimizer:
-        raise ValueError(
-            "optimizer.name='sgd' with parallel.distributed_optimizer=true: Megatron's distributed optimizer shards "
-            "Adam only; set optimizer.name=adam or parallel.distributed_optimizer=false"
-        )
-    resolve(config.rollout, config.weight_sync, world)
-    reward = load_reward(config.reward, task) if samples_anything(config, algorithm) else None
-    return Plan(config, layout, hf_config, tokenizer, algorithm, task, reward)
-
-
-def _check_sizes(config: RunConfig, algorithm: Algorithm, hf_config: PretrainedConfig, task: Task) -> None:
-    batch, rollout, optimizer = config.batch, config.rollout, config.optimizer
-    samples = batch.prompts_per_step * (rollout.group_size if algorithm.needs_rollouts else 1)
-    if batch.mini_batches > samples:
-        raise ValueError(
-            f"batch.mini_batches={batch.mini_batches}: a step has {samples} samples and each mini-batch needs one; "
-            "lower it or raise batch.prompts_per_step"
-        )
-    longest, positions = task.max_prompt_tokens or 0, hf_config.max_position_embeddings
-    if rollout.max_model_len is not None and not longest < rollout.max_model_len <= positions:
-        raise ValueError(
-            f"rollout.max_model_len={rollout.max_model_len}: must be more than the longest prompt ({longest} tokens) "
-            f"and at most the model's {positions} positions; null is what prompts and responses need"
-        )
-    if outside := [token for token in rollout.stop_token_ids if not 0 <= token < hf_config.vocab_size]:
-        raise ValueError(f"rollout.stop_token_ids={outside}: the model's vocabulary is 0..{hf_config.vocab_size - 1}")
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(f"optimizer.min_lr={optimizer.min_lr:g}: must be at most optimizer.lr={optimizer.lr:g}")
 
 
 def check_run_folder(config: RunConfig) -> None:
@@ -178,23 +74,11 @@ def open_run(plan: Plan) -> Iterator[Run]:
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
         require_equal(groups, "the configuration", dump_config(config))
-        chunks = load_chunks(plan, groups, config.model.path)
-        reference = load_reference(plan, groups) if holds_reference(config, plan.algorithm) else None
-        training = build_training(chunks, config.optimizer, config.parallel, total_updates(config))
-        trained = {"policy": training}
-        if "critic" in plan.algorithm.needs:
-            trained["critic"] = critic_training(config, groups, total_updates(config))
-        if "discriminator" in plan.algorithm.needs:
-            trained["discriminator"] = discriminator_training(config, groups)
-        critic, discriminator = (
-            Scorer(trained[role].chunks, groups) if role in trained else None for role in ("critic", "discriminator")
-        )
-        folder = config.run_dir / "checkpoints"
-        frozen = following(config, reference)
-        start = (load_checkpoint(folder, trained, groups, frozen) if config.resume else None) or Progress()
+        models = load_models(plan, groups)
+        start = _load_start(config, models, groups) if config.resume else Progress()
         if start.kl_coef is not None:
             plan = replace(plan, algorithm=plan.algorithm.with_kl_coef(start.kl_coef))
-        exporter = WeightExporter(chunks, plan.hf_config, groups)
+        exporter = WeightExporter(models.policy.chunks, plan.hf_config, groups)
         engine = transfer = None
         if plan.samples:
             engine = on_rank_0_only(groups, lambda: open_plan_engine(plan))
@@ -205,29 +89,34 @@ def open_run(plan: Plan) -> Iterator[Run]:
         log = on_rank_0_only(groups, lambda: _open_log(plan, start))
         if log is not None:
             stack.callback(log.close)
-            for line in filter(None, (router_header(config, chunks[0].config), *lint(config, plan.algorithm))):
-                print(line, flush=True)
-            if config.resume:
-                where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
-                print(f"{config.name}: {where}", flush=True)
-        policy = with_routers(as_policy(plan, groups, training.chunks), config)
-        yield Run(
-            plan=plan,
-            groups=groups,
-            trained=trained,
-            policy=policy,
-            reference=reference,
-            reference_logprobs=None,
-            critic=critic,
-            discriminator=discriminator,
-            reward_model=reward_scorer(config, groups),
-            exporter=exporter,
-            engine=engine,
-            rollouts=engine and open_ahead(engine, rollout_sampling(config), config.rollout, plan.task, start.ahead),
-            transfer=transfer,
-            log=log,
-            start=start,
-        )
+            _tell_start(plan, models, start)
+        sampling = rollout_sampling(config)
+        rollouts = engine and open_ahead(engine, sampling, config.rollout, plan.task, start.ahead)
+        yield Run(plan, groups, models, exporter, engine, rollouts, transfer, log, start)
+
+
+def _load_start(config: RunConfig, models: Models, groups: Groups) -> Progress:
+    """Loads the newest checkpoint into the models, where there is one."""
+    frozen = following(config, models.reference)
+    return load_checkpoint(config.run_dir / "checkpoints", models.trained, groups, frozen) or Progress()
+
+
+def load_models(plan: Plan, groups: Groups) -> Models:
+    """Every model that the run needs, from its folder, those that are trained with their optimizers."""
+    config = plan.config
+    chunks = load_chunks(plan, groups, config.model.path)
+    reference = load_reference(plan, groups) if holds_reference(config, plan.algorithm) else None
+    updates = total_updates(config)
+    trained = {"policy": build_training(chunks, config.optimizer, config.parallel, updates)}
+    if "critic" in plan.algorithm.needs:
+        trained["critic"] = critic_training(config, groups, updates)
+    if "discriminator" in plan.algorithm.needs:
+        trained["discriminator"] = discriminator_training(config, groups)
+    critic, discriminator = (
+        Scorer(trained[role].chunks, groups) if role in trained else None for role in ("critic", "discriminator")
+    )
+    policy = with_routers(as_policy(plan, groups, trained["policy"].chunks), config)
+    return Models(trained, policy, reference, critic, discriminator, reward_scorer(config, groups))
 
 
 @contextmanager
@@ -237,35 +126,18 @@ def _failure_told_first() -> Iterator[None]:
     """
     try:
         yield
+    except RunFailure:
+        raise
     except Exception as error:
         tell(error)
-        raise
+        raise RunFailure(exit_code(error)) from error
 
 
 def on_rank_0_only(groups: Groups, make):
-    """`make()` on rank 0, None elsewhere; a failure on rank 0 is raised on every rank."""
+    """`make()` on rank 0, None elsewhere; a failure on rank 0 ends every rank."""
     made = []
     on_rank_0(groups, lambda: made.append(make()))
     return made[0] if made else None
-
-
-def total_updates(config: RunConfig) -> int:
-    """Optimizer steps of the whole run."""
-    return config.steps * config.batch.mini_batches * config.batch.epochs
-
-
-def rollout_sampling(config: RunConfig) -> SamplingParams:
-    """How training responses are sampled."""
-    rollout = config.rollout
-    return SamplingParams(
-        n=rollout.group_size,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=rollout.max_response_tokens,
-        stop_token_ids=tuple(rollout.stop_token_ids),
-        stop=tuple(rollout.stop),
-    )
 
 
 def open_plan_engine(plan: Plan) -> RolloutEngine:
@@ -287,3 +159,13 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
 def _open_log(plan: Plan, start: Progress) -> RunLog:
     (plan.config.run_dir / "config.yaml").write_text(dump_config(plan.config))
     return RunLog(plan.config.run_dir, plan.config, resume_step=start.step if plan.config.resume else None)
+
+
+def _tell_start(plan: Plan, models: Models, start: Progress) -> None:
+    config = plan.config
+    header = router_header(config, models.trained["policy"].chunks[0].config)
+    for line in filter(None, (header, *lint(config, plan.algorithm))):
+        print(line, flush=True)
+    if config.resume:
+        where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"
+        print(f"{config.name}: {where}", flush=True)

@@ -16,10 +16,11 @@ from typing import Annotated
 
 import typer
 
-from moe.engine_study import Engine, mismatch_study
-from moe.report import rows_of, write_report
-from moe.setting import Asked, Say, open_setting
-from moe.studies import (
+from moe.judge.verdict import Standing, Verdict, exit_code
+from moe.judge.watch import Level, first_of_each, judge_run
+from moe.measure.sweep import ALPHAS
+from moe.show.report import rows_of, write_report
+from moe.studies.commands import (
     compare_study,
     exact_study,
     objectives_study,
@@ -27,10 +28,9 @@ from moe.studies import (
     sweep_study,
     watch_study,
 )
-from moe.study import Study
-from moe.sweep import ALPHAS
-from moe.verdict import Standing, Verdict, exit_code
-from moe.watch import Level, first_of_each, judge_run
+from moe.studies.engine import Engine, mismatch_study
+from moe.studies.setting import Asked, Say, open_setting
+from moe.studies.study import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -51,7 +51,7 @@ def rollout_dirs(tmp_path_factory) -> tuple[Path, Path]:
 def rollout_engine(rollout_dirs):
     """vLLM inside the test process, with routes, on the first of `rollout_dirs`; weights are put back after a test."""
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
-    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.rollout.vllm.engine import open_engine
 
     rollout = RolloutConfig(placement="in_process", kv_cache_gb=0.1, max_model_len=200)
     engine = open_engine(

@@ -15,8 +15,8 @@ import torch
 from rollout_reference import CheckpointExporter, load_hf, make_prompts, max_error
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import SamplingParams
 
 placement, backend, model_a, model_b = sys.argv[1:5]

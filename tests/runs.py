@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-from mcore_rl.metrics import read_metrics
+from mcore_rl.logs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 # metrics that training did not make: durations, and the most a process has held

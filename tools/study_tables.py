@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from mcore_rl.metrics import read_metrics
+from mcore_rl.logs.metrics import read_metrics
 
 ENDED_ITSELF = "ended_itself"  # beside the metrics of a run that failed before its last step
 LENGTHS = (6, 13, 20)  # digits, of the held-out prompts on which a policy of mixed lengths is asked afterwards

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mcore_rl.metrics import read_metrics
+from mcore_rl.logs.metrics import read_metrics
 
 
 def summary(run_dir: Path) -> dict[str, float | int | str]:

@@ -24,7 +24,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # All nodes: can they meet there, is the port free, same commit, configuration, versions, clock, room in /dev/shm?
 preflight=(--nnodes "$NNODES" --node-rank "$NODE_RANK" --endpoint "$endpoint")
-python -m mcore_rl.preflight "$config" "$@" "${preflight[@]}"
+python -m mcore_rl.planning.preflight "$config" "$@" "${preflight[@]}"
 
 launch=(
     --nnodes "$NNODES"

@@ -18,7 +18,7 @@ flags=(
     --logprobs-mode processed_logprobs # of the distribution that is sampled from
     --enable-scale-out                 # the route that takes token ids
     --weight-transfer-config "{\"backend\": \"$backend\"}"
-    --worker-extension-cls mcore_rl.rollout.worker_extension.WorkerExtension
+    --worker-extension-cls mcore_rl.rollout.transfer.worker_extension.WorkerExtension
 )
 if [[ $backend != nccl ]]; then
     flags+=(--enforce-eager --no-enable-chunked-prefill --max-num-batched-tokens "$((length > 8192 ? length : 8192))")

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoConfig
 
 from mcore_rl.config import CheckpointConfig
+from mcore_rl.launch import RunFailure, exit_code
 from mcore_rl.model.checkpoint import Progress, complete_steps, frozen_state, quiet, sharded_state, step_folder
 from mcore_rl.model.forward import Policy
 from mcore_rl.model.heads import as_scorer
@@ -148,9 +149,9 @@ class CheckpointWriter:
             yield
         except (OSError, CheckpointException) as error:
             failure = OSError(_why_not_written(final, error))
-            failure.told = self.groups.rank != 0  # it is the same on every rank (mcore_rl.launch.tell)
-            if self.groups.rank == 0:
-                shutil.rmtree(_partial(final), ignore_errors=True)
+            if self.groups.rank != 0:  # it is the same on every rank
+                raise RunFailure(exit_code(failure)) from error
+            shutil.rmtree(_partial(final), ignore_errors=True)
             raise failure from error
 
 

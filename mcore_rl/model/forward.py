@@ -29,7 +29,7 @@ from mcore_rl.model.offload import HostMemory, in_use
 from mcore_rl.parallel.context import context_ranks
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
-from moe.adapters.megatron import Passage, Recorded, Routers
+from moe.record.megatron import Passage, Recorded, Routers
 
 
 class Model(Protocol):

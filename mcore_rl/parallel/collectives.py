@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from mcore_rl.launch import RunFailure, exit_code
 from mcore_rl.parallel.groups import Groups
 
 T = TypeVar("T")
@@ -19,21 +22,24 @@ def on_rank_0(groups: Groups, work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its (picklable) result on every rank.
 
     Raises:
-        Exception: whatever `work` raised, on every rank, so that no rank waits for one that has already failed.
+        Exception: on rank 0 whatever `work` raised.
+        RunFailure: on the other ranks, from the same failure, so that none waits for one that has already failed.
     """
     if groups.world_size == 1:
         return work()
-    outcome: list = [None]
     if groups.rank == 0:
         try:
-            outcome = [(True, work())]
-        except Exception as error:  # noqa: BLE001  raised again below, here and on every other rank
-            outcome = [(False, _sendable(error))]
+            value = work()
+        except Exception as error:
+            dist.broadcast_object_list([(False, _sendable(error))], src=0)
+            raise
+        dist.broadcast_object_list([(True, value)], src=0)
+        return value
+    outcome: list = [None]
     dist.broadcast_object_list(outcome, src=0)
     ok, value = outcome[0]
     if not ok:
-        value.told = groups.rank != 0  # rank 0 tells it to the user, once (mcore_rl.launch.tell)
-        raise value
+        raise RunFailure(exit_code(value)) from value
     return value
 
 
@@ -59,6 +65,12 @@ def max_over_ranks(groups: Groups, value: float) -> float:
     """The largest of every rank's number; NaN if any is NaN."""
     values = gather_objects(groups, value)
     return max(values, key=lambda x: (math.isnan(x), x))
+
+
+def max_abs_over_ranks(groups: Groups, tensors: Sequence[Tensor], *, contributes: bool = True) -> float:
+    """The largest absolute value in any rank's tensors: NaN if one holds a NaN, 0 if there are no elements."""
+    parts = [torch.zeros(1), *(x.detach().flatten().cpu().float().abs() for x in tensors if contributes)]
+    return max_over_ranks(groups, torch.cat(parts).max().item())
 
 
 def require_equal(groups: Groups, what: str, text: str) -> None:

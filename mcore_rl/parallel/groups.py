@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch.distributed import distributed_c10d
 
+from mcore_rl.launch import FailureInWordsError, RunFailure, exit_code
 from mcore_rl.parallel.layout import ParallelLayout, RankCoords
 
 _COLLECTIVE_FAILURES = (
@@ -141,7 +142,8 @@ def explain_timeouts(timeout_s: float) -> Iterator[None]:
     """Say what to do where a collective failed because another rank is late or gone; other errors pass unchanged.
 
     Raises:
-        RuntimeError: from the collective's own error.
+        FailureInWordsError: from the collective's own error, on the first rank that noticed.
+        RunFailure: on the others.
     """
     try:
         yield
@@ -151,13 +153,14 @@ def explain_timeouts(timeout_s: float) -> Iterator[None]:
             raise
         first, silent = _ask_the_others()
         lost = f"rank {', '.join(map(str, silent))}, which does not answer," if silent else "another rank"
-        failure = RuntimeError(
+        failure = FailureInWordsError(
             f"rank {os.environ.get('RANK', 0)} lost {lost} in a collective (limit {timeout_s:g} s). Look for the "
             "first error in the other ranks' output: usually one of them failed, hangs or was killed. If all are alive "
             f"and only slow, raise parallel.timeout_s. Cause: {error}"
         )
-        failure.told = not first  # it is told by the first that noticed (mcore_rl.launch.tell)
-        raise failure from error
+        if first:
+            raise failure from error
+        raise RunFailure(exit_code(failure)) from error  # the first that noticed tells it
 
 
 def _ask_the_others() -> tuple[bool, list[int]]:

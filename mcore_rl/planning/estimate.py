@@ -20,8 +20,7 @@ from mcore_rl.planning.memory import (
     itemsize,
     trained_state,
 )
-from mcore_rl.policies import reference_layout
-from mcore_rl.rollout.placement import samples_anything
+from mcore_rl.planning.plan import reference_layout, samples_anything
 
 # Assumptions, in bytes, that no formula gives.
 RESERVE = 4 * GIB  # CUDA context, NCCL's buffers, the allocator's fragmentation

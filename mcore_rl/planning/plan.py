@@ -1,54 +1,89 @@
-"""From a configuration to its estimate: reads config.json and nothing else of the model."""
+"""A checked configuration, and what follows from one without starting anything."""
 
 from __future__ import annotations
 
-from mcore_rl import algorithms
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.config import RunConfig
-from mcore_rl.model.build import read_hf_config, transformer_config
-from mcore_rl.model.heads import as_scorer
+from mcore_rl.data.task import Task
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.planning.advice import Change, advice
-from mcore_rl.planning.estimate import Estimate, Hardware, Models, estimate
-from mcore_rl.planning.parameters import model_parameters
-from mcore_rl.policies import holds_reference, reference_layout
-from mcore_rl.rollout.placement import resolve
-from mcore_rl.weights.families import is_scorer
+from mcore_rl.types import Prompt, SamplingParams, Trajectory
 
 
-def plan_run(config: RunConfig, world_size: int, hardware: Hardware) -> tuple[Estimate, list[Change]]:
-    """What a run on `world_size` GPUs needs, and what to change where that does not fit.
+@dataclass(frozen=True)
+class Plan:
+    """What can be known before a process group, a model or an engine exists; `planning.check.make_plan` makes it."""
 
-    Raises:
-        ValueError: the layout, the model or the placement of the engine is invalid; the message has the fix.
-    """
-    models = _models(config)
+    config: RunConfig
+    layout: ParallelLayout
+    hf_config: PretrainedConfig
+    tokenizer: Any
+    algorithm: Algorithm
+    task: Task
+    reward: Callable[[Prompt, Trajectory], float] | None
 
-    def plan(config: RunConfig, world_size: int) -> Estimate:
-        layout = ParallelLayout.from_config(config.parallel, world_size)
-        for hf_config in (models.policy, *models.scorers.values(), *models.frozen.values()):
-            layout.validate_model(hf_config)
-        if "reference" in models.frozen:
-            reference_layout(config, models.policy, world_size)
-        placement, backend = resolve(config.rollout, config.weight_sync, world_size, cuda=True)
-        return estimate(config, layout, models, hardware, placement, backend)
-
-    layout = ParallelLayout.from_config(config.parallel, world_size)
-    transformer_config(models.policy, config.model, layout)  # refuses what cannot be built or cut
-    planned = plan(config, world_size)
-    return planned, advice(planned, plan)
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples anything: only then it has an engine and a reward."""
+        return self.reward is not None
 
 
-def _models(config: RunConfig) -> Models:
-    fields = dict(config.algorithm)
-    algorithm = algorithms.load(fields.pop("name", "grpo"), **fields)
-    policy, scorers, frozen = read_hf_config(config.model.path), {}, {}
-    for role, section in (("critic", config.critic), ("discriminator", config.discriminator)):
-        if role in algorithm.needs:
-            scorer = read_hf_config(section.path or config.model.path, f"{role}.path")
-            scorers[role] = scorer if is_scorer(scorer) else as_scorer(scorer)
-    if holds_reference(config, algorithm):
-        frozen["reference"] = policy
-    if config.reward_model.path is not None:
-        frozen["reward model"] = read_hf_config(config.reward_model.path, "reward_model.path")
-    shape = transformer_config(policy, config.model, ParallelLayout())
-    return Models(algorithm, policy, shape, scorers, frozen, *model_parameters(policy))
+def world_size() -> int:
+    """Trainer ranks, from torchrun's environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def total_updates(config: RunConfig) -> int:
+    """Optimizer steps of the whole run."""
+    return config.steps * config.batch.mini_batches * config.batch.epochs
+
+
+def rollout_sampling(config: RunConfig) -> SamplingParams:
+    """How training responses are sampled."""
+    rollout = config.rollout
+    return SamplingParams(
+        n=rollout.group_size,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=rollout.max_response_tokens,
+        stop_token_ids=tuple(rollout.stop_token_ids),
+        stop=tuple(rollout.stop),
+    )
+
+
+def samples_anything(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether a run has an engine at all: to train on what it samples, or to be evaluated by it."""
+    return algorithm.needs_rollouts or config.evaluate.sample
+
+
+def returns_routes(config: RunConfig) -> bool:
+    """Whether the rollout engine must say which experts it used."""
+    return config.rollout.return_routes or config.moe.routing_replay == "rollout"
+
+
+def precomputes_reference(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether all that the reference will be asked is known before training, see `roles.given_logprobs`."""
+    return "pairs" in algorithm.needs and config.reference.precompute
+
+
+def holds_reference(config: RunConfig, algorithm: Algorithm) -> bool:
+    """Whether a reference model is there during the training."""
+    return "reference" in algorithm.needs and not precomputes_reference(config, algorithm)
+
+
+def reference_layout(config: RunConfig, hf_config: PretrainedConfig, world: int) -> ParallelLayout:
+    """Raises ValueError where it does not fit the ranks or the model."""
+    own = config.reference.parallel
+    try:
+        layout = ParallelLayout.from_config(own or config.parallel, world)
+        layout.validate_model(hf_config)
+    except ValueError as error:
+        raise ValueError(f"reference.parallel: {error}" if own else str(error)) from None
+    return layout

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.data.tasks import Task
+from mcore_rl.data.task import Task
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 

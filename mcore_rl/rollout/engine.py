@@ -11,13 +11,14 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from mcore_rl.launch import FailureInWordsError
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 
 Decoder = Callable[[Sequence[Sequence[int]]], list[str]]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-class RolloutError(RuntimeError):
+class RolloutError(FailureInWordsError):
     """The rollout engine is gone or refused its work; the message holds the cause."""
 
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.config import RolloutConfig, RunConfig, WeightSyncConfig
-
-
-def samples_anything(config: RunConfig, algorithm: Algorithm) -> bool:
-    """Whether a run has an engine at all: to train on what it samples, or to be evaluated by it."""
-    return algorithm.needs_rollouts or config.evaluate.sample
+from mcore_rl.config import RolloutConfig, WeightSyncConfig
 
 
 def resolve(

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from mcore_rl.data.tasks import Task
+from mcore_rl.data.task import Task
 from mcore_rl.types import Prompt, Trajectory
 
 Reward = Callable[[Prompt, Trajectory], float]

@@ -59,14 +59,15 @@ def logprobs_of_trainer_and_exports(folder: Path, model: Path) -> list[list[floa
 
     from mcore_rl.data.packing import Sample, pack
     from mcore_rl.model.forward import forward_only
-    from mcore_rl.run import make_plan, open_run
+    from mcore_rl.planning.check import make_plan
+    from mcore_rl.run import open_run
 
     config = load_config(folder / "config.yaml", ["resume=true"])
     tokens = torch.randint(2, 20, (1, 40), generator=torch.Generator().manual_seed(0))
     batch = pack([Sample(tuple(tokens[0].tolist()), 39, 0.0, (0.0,) * 39)], [1.0])
     with redirect_stdout(io.StringIO()), open_run(make_plan(config, 1)) as run:
         assert run.start.step == 2
-        found = [forward_only(run.policy, [batch])[0].logprobs.tolist()]
+        found = [forward_only(run.models.policy, [batch])[0].logprobs.tolist()]
     for path in (config.run_dir / "hf", model):
         hf = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         with torch.no_grad():

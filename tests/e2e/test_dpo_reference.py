@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def test_scored_once_and_then_read(tmp_path, model, worker):
 
 def tampered(cache: Path) -> Path:
     """A folder with the same file, sound, in which every log-prob is 0.25 less."""
-    from mcore_rl.reference import read, write
+    from mcore_rl.roles.given_logprobs import read, write
 
     with safe_open(cache, framework="pt") as file:
         description = file.metadata()
@@ -92,16 +91,15 @@ def test_two_ranks(tmp_path, model):
 
 def run_case(case, groups) -> None:
     from mcore_rl.config import load_config
-    from mcore_rl.model.checkpoint import Progress
-    from mcore_rl.policies import load_reference
-    from mcore_rl.reference import with_reference
-    from mcore_rl.run import Run, make_plan
+    from mcore_rl.planning.check import make_plan
+    from mcore_rl.roles.models import Models
+    from mcore_rl.roles.reference import load_reference
+    from mcore_rl.step.reference import with_reference
 
     sizes = [f"parallel.{k}={v}" for k, v in case["layout"].items() if k != "dp"]
     plan = make_plan(load_config(Path(case["folder"]) / "config.yaml", sizes), groups.world_size)
-    needed = dict(plan=plan, groups=groups, trained={}, policy=load_reference(plan, groups), start=Progress())
-    run = Run(**dict.fromkeys(f.name for f in fields(Run)) | needed)
-    first, second = (with_reference(run).reference_logprobs.rows for _ in range(2))
+    models = Models(trained={}, policy=load_reference(plan, groups))
+    first, second = (with_reference(plan, groups, models, started=False).reference.rows for _ in range(2))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
     if groups.rank == groups.world_size - 1:
         torch.save(first, Path(case["folder"]) / case["out"])

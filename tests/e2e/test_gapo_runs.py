@@ -67,25 +67,27 @@ def without(row, keys):
 
 def who_changes_when(folder: Path) -> list[tuple[str, str]]:
     """Every use of the discriminator and every update, with a digest of the discriminator's weights at its start."""
-    from mcore_rl import discriminating, phases, scoring
     from mcore_rl.config import load_config
+    from mcore_rl.step import discriminating, judging, updating
     from mcore_rl.train import train
 
     os.chdir(folder)
-    events, optimise = [], phases.optimise
+    events, scored_by, optimise = [], [], updating.optimise
 
     def spied(original, name):
-        def call(run, *args):
-            weights = [p.detach().numpy().tobytes() for c in run.discriminator.chunks for p in c.parameters()]
-            what = args[4] if name == "update" else name  # of the model
+        def call(*args):
+            if name == "score":  # of the discriminator
+                scored_by.append(args[2])
+            weights = [p.detach().numpy().tobytes() for c in scored_by[0].chunks for p in c.parameters()]
+            what = args[5] if name == "update" else name  # of the model
             events.append((what, hashlib.sha256(b"".join(weights)).hexdigest()))
-            return original(run, *args)
+            return original(*args)
 
         return call
 
     with (
-        patch.object(scoring, "sequence_scores", spied(scoring.sequence_scores, "score")),
-        patch.object(phases, "optimise", spied(optimise, "update")),
+        patch.object(judging, "sequence_scores", spied(judging.sequence_scores, "score")),
+        patch.object(updating, "optimise", spied(optimise, "update")),
         patch.object(discriminating, "optimise", spied(optimise, "update")),
     ):
         train(load_config("config.yaml"))

@@ -13,13 +13,13 @@ from tiny_models import save_tiny_hf
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from mcore_rl.cli.stability import as_hf
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.convert import to_megatron
 from moe import cli
-from moe.adapters import hf
-from moe.engine_study import EngineAnswer
-from moe.study import Study, pooled
-from tools.moe_stability import as_hf
+from moe.record import hf
+from moe.studies.engine import EngineAnswer
+from moe.studies.study import Study, pooled
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,9 +34,11 @@ def compare_with_transformers(folder: Path) -> None:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from mcore_rl.collecting import collect_rollouts, model_rewards, start_rollouts
     from mcore_rl.config import load_config
-    from mcore_rl.run import check_run_folder, make_plan, open_run
+    from mcore_rl.planning.check import make_plan
+    from mcore_rl.run import check_run_folder, open_run
+    from mcore_rl.step.collecting import collect_rollouts, start_rollouts
+    from mcore_rl.step.judging import model_rewards
 
     os.chdir(folder)
     seen = []
@@ -45,8 +47,9 @@ def compare_with_transformers(folder: Path) -> None:
     with open_run(make_plan(config, 1)) as run:
         generate = run.engine.generate
         run.engine.generate = lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1]
-        samples, _, metrics = collect_rollouts(run, start_rollouts(run, run.start))
-        scored = model_rewards(run, seen[0])
+        started = start_rollouts(run.plan, run.groups, run.rollouts, run.start)
+        samples, _, metrics = collect_rollouts(run.plan, run.groups, run.models, run.rollouts, started)
+        scored = model_rewards(run.plan, run.groups, run.models.reward_model, seen[0])
         rule = [run.plan.reward(g.prompt, t) for g in seen[0] for t in g.trajectories]
     rewards = torch.stack([g.rewards for g in scored])
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-6)

@@ -11,7 +11,7 @@ from runs import command, rows, tiny
 from safetensors.torch import load_file
 from tiny_models import save_tiny_hf
 
-from moe.trace import RoutingTrace
+from moe.record.trace import RoutingTrace
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from test_vllm_server import open_on, start_server, stop_group
 
 from mcore_rl.config import WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
 from mcore_rl.types import SamplingParams
 
 TOLERANCE = 1e-5

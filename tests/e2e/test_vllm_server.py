@@ -15,9 +15,9 @@ from runs import python_path
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.rollout.server_engine import check_facts
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
+from mcore_rl.rollout.vllm.server import check_facts
 from mcore_rl.types import Prompt, SamplingParams
 
 REPOSITORY = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def start_server(model: Path, log: Path, backend: str = "shm") -> tuple[subproce
         port = free.getsockname()[1]
     flags = """--host 127.0.0.1 --dtype float32 --max-model-len 200 --max-num-batched-tokens 2048 --enforce-eager
         --no-enable-chunked-prefill --kv-cache-memory-bytes 100000000 --logprobs-mode processed_logprobs
-        --enable-scale-out --worker-extension-cls mcore_rl.rollout.worker_extension.WorkerExtension"""
+        --enable-scale-out --worker-extension-cls mcore_rl.rollout.transfer.worker_extension.WorkerExtension"""
     environment = os.environ | {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

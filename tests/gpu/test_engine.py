@@ -16,7 +16,7 @@ def engine(request, rollout_dirs):
     """A child on this GPU that may sleep."""
     pytest.importorskip("vllm")
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
-    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.rollout.vllm.engine import open_engine
 
     rollout = RolloutConfig(placement="child", max_model_len=200, gpu_memory_utilization=0.3, sleep=True)
     engine = open_engine(
@@ -50,7 +50,7 @@ def test_samples_then_new_weights_then_sleep(engine, rollout_dirs):
     from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, max_error
 
     from mcore_rl.config import WeightSyncConfig
-    from mcore_rl.rollout.weight_transfer import connect
+    from mcore_rl.rollout.transfer.transfer import connect
 
     hf = [load_hf(folder) for folder in rollout_dirs]
     assert max_error(hf[0], sample(engine)) < TOLERANCE < max_error(hf[1], sample(engine))

@@ -22,7 +22,6 @@ from worlds import each_world  # noqa: E402
 
 from mcore_rl import algorithms  # noqa: E402
 from mcore_rl.config import OptimizerConfig, RunConfig, parse_config  # noqa: E402
-from mcore_rl.discriminating import discriminator_loss, sample_of  # noqa: E402
 from mcore_rl.model import optimizer as optimizer_module  # noqa: E402
 from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
 from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
@@ -31,10 +30,13 @@ from mcore_rl.model.optimizer import build_training  # noqa: E402
 from mcore_rl.parallel import groups as process_groups  # noqa: E402
 from mcore_rl.parallel.collectives import sum_over_ranks  # noqa: E402
 from mcore_rl.parallel.layout import ParallelLayout  # noqa: E402
-from mcore_rl.phases import pack, pack_parts, update  # noqa: E402
-from mcore_rl.policies import reference_layout  # noqa: E402
-from mcore_rl.prescoring import score_old  # noqa: E402
-from mcore_rl.reference import update_reference  # noqa: E402
+from mcore_rl.planning.plan import reference_layout
+from mcore_rl.roles.models import Models  # noqa: E402
+from mcore_rl.roles.reference import update_reference
+from mcore_rl.step.batches import pack, pack_parts
+from mcore_rl.step.discriminating import discriminator_loss, sample_of  # noqa: E402
+from mcore_rl.step.scoring import score_old  # noqa: E402
+from mcore_rl.step.updating import update
 from mcore_rl.types import PackedBatch  # noqa: E402
 from mcore_rl.weights.hf_io import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
@@ -157,8 +159,7 @@ def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[st
     found["critic"] = accumulated(config, groups, critic, batches, lambda b, out: ppo.value_loss(b, out.values))
     for objective, unit in (("bce", 1), ("bradley_terry", 2)):
         gapo, samples = algorithms.load("gapo", discriminator_objective=objective), map(sample_of, make_labelled())
-        run = SimpleNamespace(plan=SimpleNamespace(config=config, algorithm=gapo), groups=groups)
-        (batches,) = pack_parts(run, [list(samples)], unit)
+        (batches,) = pack_parts(SimpleNamespace(config=config, algorithm=gapo), groups, [list(samples)], unit)
         discriminator = trained_critic(config, groups, "adam")
         loss = discriminator_loss(gapo, len(make_labelled()))
         found[objective] = accumulated(config, groups, discriminator, batches, loss)
@@ -167,8 +168,8 @@ def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[st
 
 def frozen_batches(config: RunConfig, groups, algorithm) -> list[PackedBatch]:
     """This rank's micro-batches, with log-probs that are not the policy's."""
-    run = SimpleNamespace(plan=SimpleNamespace(config=config, algorithm=algorithm), groups=groups)
-    (batches,) = pack(run, make_samples(), step=0, mini_batches=1, unit=algorithm.unit)
+    plan = SimpleNamespace(config=config, algorithm=algorithm)
+    (batches,) = pack(plan, groups, make_samples(), step=0, mini_batches=1, unit=algorithm.unit)
     return [replace(b, old_logprobs=b.rollout_logprobs, ref_logprobs=b.rollout_logprobs + 0.1) for b in batches]
 
 
@@ -199,22 +200,23 @@ def open_run(config: RunConfig, groups, name: str, fields: dict[str, Any], optim
     return SimpleNamespace(
         plan=SimpleNamespace(config=config, algorithm=algorithm, hf_config=read_hf_config(config.model.path)),
         groups=groups,
-        policy=policy.model,
-        critic=critic and critic.model,
-        reference=frozen_policy(config, groups) if "reference" in algorithm.needs else None,
-        reference_logprobs=None,
-        trained={role: model.training for role, model in models.items()},
+        models=Models(
+            trained={role: model.training for role, model in models.items()},
+            policy=policy.model,
+            reference=frozen_policy(config, groups) if "reference" in algorithm.needs else None,
+            critic=critic and critic.model,
+        ),
         exporters={role: model.exporter for role, model in models.items()},
     )
 
 
 def one_step(run: SimpleNamespace, step: int) -> dict[str, float]:
     """Metrics of a step of two mini-batches: in the second the policy has left that of the old log-probs."""
-    config = run.plan.config
-    mini_batches = pack(run, make_samples(), step, config.batch.mini_batches, run.plan.algorithm.unit)
-    mini_batches, scored = score_old(run, mini_batches)
-    metrics = scored | update(run, mini_batches, step)
-    update_reference(run, step + 1)
+    plan, groups, models = run.plan, run.groups, run.models
+    mini_batches = pack(plan, groups, make_samples(), step, plan.config.batch.mini_batches, plan.algorithm.unit)
+    mini_batches, scored = score_old(plan, groups, models, mini_batches)
+    metrics = scored | update(plan, groups, models, run.exporters["policy"], mini_batches, step)
+    update_reference(plan, models.policy, models.reference, step + 1)
     del metrics["num_positions"]  # how much is filled up is the layout's
     return metrics
 

@@ -52,11 +52,11 @@ def run_case(case: dict, groups) -> None:
     folder = Path(case["folder"])
     run = open_run(config_of(case), groups, "ppo", dict(kl_coef=0.05), "adam")
     if case["reads"]:
-        progress = load_checkpoint(folder, run.trained, groups)
+        progress = load_checkpoint(folder, run.models.trained, groups)
         assert progress == Progress(step=SAVED, prompts_seen=10 * SAVED, kl_coef=0.05)
         steps = [one_step(run, step) for step in range(SAVED, STEPS)]
     else:
-        checkpoints = CheckpointWriter(folder, run.trained, groups, CheckpointConfig(asynchronous=True))
+        checkpoints = CheckpointWriter(folder, run.models.trained, groups, CheckpointConfig(asynchronous=True))
         for step in range(SAVED):
             one_step(run, step)
         checkpoints.save(Progress(step=SAVED, prompts_seen=10 * SAVED, kl_coef=0.05))

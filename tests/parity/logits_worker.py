@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mcore_rl.config import ModelConfig
-from mcore_rl.model.build import PolicyModel, build_model, read_hf_config
+from mcore_rl.model.build import build_model, read_hf_config
+from mcore_rl.model.heads import PolicyModel
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout

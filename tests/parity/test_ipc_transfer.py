@@ -1,6 +1,6 @@
 """What can be said of the CUDA IPC transfer without CUDA: that our engine replaces methods which vLLM's still has."""
 
-from mcore_rl.rollout.weight_backends import IPCTrainerWeightTransferEngine, Rank0IpcEngine
+from mcore_rl.rollout.transfer.backends import IPCTrainerWeightTransferEngine, Rank0IpcEngine
 
 
 def test_the_replaced_methods_exist_upstream():

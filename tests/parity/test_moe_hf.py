@@ -20,8 +20,8 @@ from transformers import (
     OlmoeForCausalLM,
 )
 
-from moe.adapters import hf
-from moe.trace import RoutingTrace
+from moe.record import hf
+from moe.record.trace import RoutingTrace
 
 SEQUENCES = [(3, 5, 7, 11, 13), (2, 4), (6, 1, 9, 9, 8, 7, 30, 31)]
 COMMON = {k: MOE[k] for k in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads")}

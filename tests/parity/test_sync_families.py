@@ -13,7 +13,7 @@ import pytest
 from runs import python_path
 from tiny_models import FAMILIES, save_tiny_hf
 
-from mcore_rl.rollout.vllm_arguments import CPU_LATENT_SIZE
+from mcore_rl.rollout.vllm.arguments import CPU_LATENT_SIZE
 
 TESTS = Path(__file__).parents[1]
 TOLERANCE = 1e-5
@@ -28,8 +28,8 @@ def sync_family(folder: Path, workers: int) -> dict:
     from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, max_error
 
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
-    from mcore_rl.rollout.vllm_engine import open_engine
-    from mcore_rl.rollout.weight_transfer import connect
+    from mcore_rl.rollout.transfer.transfer import connect
+    from mcore_rl.rollout.vllm.engine import open_engine
     from mcore_rl.types import SamplingParams
 
     sync = WeightSyncConfig(backend="shm")
@@ -79,7 +79,7 @@ def test_direct_and_right(name, found):
 
 def test_deepseek_in_float32_is_refused_with_what_to_do(tmp_path):
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
-    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.rollout.vllm.engine import open_engine
 
     save_tiny_hf(tmp_path, family="deepseek_v3")
     with pytest.raises(ValueError, match=rf"in bfloat16 with kv_lora_rank={CPU_LATENT_SIZE[0]} .* use a GPU"):

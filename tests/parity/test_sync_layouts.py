@@ -33,7 +33,7 @@ ENGINES: dict[int, object] = {}  # by tensor parallelism, on rank 0
 
 def open_once(source: str, tensor_parallel_size: int):
     from mcore_rl.config import RolloutConfig, WeightSyncConfig
-    from mcore_rl.rollout.vllm_engine import open_engine
+    from mcore_rl.rollout.vllm.engine import open_engine
 
     if tensor_parallel_size not in ENGINES:
         rollout = RolloutConfig(
@@ -57,9 +57,9 @@ def sync_case(case: dict, groups) -> None:
     from mcore_rl.config import BatchConfig, ModelConfig, RolloutConfig, WeightSyncConfig
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy
-    from mcore_rl.phases import probe_difference
-    from mcore_rl.rollout.weight_transfer import connect
+    from mcore_rl.rollout.transfer.transfer import connect
     from mcore_rl.run import on_rank_0_only
+    from mcore_rl.step.syncing import probe_difference
     from mcore_rl.weights.hf_io import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter

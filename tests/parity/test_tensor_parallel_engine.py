@@ -7,8 +7,8 @@ import pytest
 from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, max_error
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import SamplingParams
 
 TOLERANCE = 1e-5

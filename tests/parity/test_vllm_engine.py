@@ -12,7 +12,7 @@ from rollout_reference import EOS, hf_logits, load_hf, make_prompts, max_error
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError, request_seeds
-from mcore_rl.rollout.vllm_engine import open_engine
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import Prompt, SamplingParams
 
 TOLERANCE = 1e-5

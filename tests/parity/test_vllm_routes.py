@@ -14,11 +14,11 @@ from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompt
 from tiny_models import save_tiny_hf
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
-from mcore_rl.rollout.server_engine import check_facts, decode_array
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
+from mcore_rl.rollout.vllm.server import check_facts, decode_array
 from mcore_rl.types import SamplingParams
-from moe.adapters.vllm import RequestRoutes
+from moe.record.vllm import RequestRoutes
 
 
 @torch.no_grad()

@@ -15,8 +15,8 @@ from tiny_models import save_tiny_hf
 
 from mcore_rl.config import WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.rollout.weight_layout import Area, Areas, checkpoint_area
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.layout import Area, Areas, checkpoint_area
+from mcore_rl.rollout.transfer.transfer import connect
 from mcore_rl.types import SamplingParams
 
 TESTS = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompt
 
 from mcore_rl.config import WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
-from mcore_rl.rollout.weight_transfer import connect
-from mcore_rl.rollout.worker_extension import compare_with_checkpoint
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.transfer.worker_extension import compare_with_checkpoint
 from mcore_rl.types import SamplingParams
 
 SHM = WeightSyncConfig(backend="shm")
@@ -146,7 +146,7 @@ def test_a_mistake_in_the_engine_is_read_back(sync, rollout_engine):
 
 
 def test_experts_that_vllm_does_not_pack_again_are_named(sync, rollout_engine, monkeypatch):
-    """vLLM's own behaviour, without the repair: silently garbage, see mcore_rl.rollout.vllm_patches."""
+    """vLLM's own behaviour, without the repair: silently garbage, see mcore_rl.rollout.vllm.patches."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod as Method
 
     transfer, exporter = sync
@@ -157,7 +157,7 @@ def test_experts_that_vllm_does_not_pack_again_are_named(sync, rollout_engine, m
 
 def test_packing_is_probed_in_turns(rollout_engine, rollout_dirs, monkeypatch):
     """All at first and after a failure, then every expert and matrix once in `check_packing_every` syncs."""
-    from mcore_rl.rollout import engine_weights
+    from mcore_rl.rollout.transfer import engine_weights
 
     transfer = connect(
         rollout_engine,
@@ -216,7 +216,7 @@ def test_bits_are_checked_at_every_sync(sync):
 
 def test_the_loaders_way_gives_the_same_engine(rollout_engine, rollout_dirs, monkeypatch):
     """Bit for bit: the log-probs of the same samples, and the packed weights."""
-    from mcore_rl.rollout import engine_weights
+    from mcore_rl.rollout.transfer import engine_weights
 
     exporter, old = Corrupting(rollout_dirs[1]), CheckpointExporter(rollout_dirs[0])
     transfer = connect(rollout_engine, exporter, SHM, ONE_RANK)

@@ -9,8 +9,8 @@ from rollout_reference import ONE_RANK, CheckpointExporter, hf_logits, load_hf, 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError
 from mcore_rl.rollout.threads import in_thread
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import SamplingParams
 
 LONG = SamplingParams(n=4, max_tokens=150)

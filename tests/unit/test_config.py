@@ -20,7 +20,7 @@ def test_overrides_lie_over_the_file(config_file):
     overrides = ["batch.prompts_per_step=16", "algorithm.clip_low=0.1", "reward=[exact_match,'regex:#']"]
     config = load_config(path, overrides)
     assert (config.steps, config.batch.prompts_per_step) == (7, 16)
-    assert config.algorithm == {"name": "grpo", "clip_high": 0.3, "clip_low": 0.1}
+    assert config.algorithm.name == "grpo" and config.algorithm.fields == {"clip_high": 0.3, "clip_low": 0.1}
     assert config.reward == ["exact_match", "regex:#"]
     assert config.run_dir.as_posix() == "runs/demo"
 

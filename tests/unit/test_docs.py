@@ -45,8 +45,7 @@ def test_every_key_and_default_is_documented():
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").rglob("*.yaml")), ids=lambda p: p.name)
 def test_examples_load(path):
     config = load_config(path)
-    fields = dict(config.algorithm)
-    algorithms.load(fields.pop("name"), **fields)
+    algorithms.load(config.algorithm.name, **config.algorithm.fields)
 
 
 def blocks(language: str) -> list:

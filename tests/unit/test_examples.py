@@ -7,8 +7,8 @@ from transformers import Qwen3MoeConfig
 
 from mcore_rl import algorithms
 from mcore_rl.config import load_config
-from mcore_rl.lint import lint
 from mcore_rl.parallel.layout import ParallelLayout
+from mcore_rl.planning.lint import lint
 from tools.bench.models import QWEN3_30B
 
 FOLDER = Path(__file__).parents[2] / "examples" / "qwen3_30b_a3b"
@@ -20,9 +20,8 @@ RANKS = {"ppo": 32, "gapo": 32}
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
 def test_configuration_for_a_cluster(path):
     config = load_config(path)
-    assert config.name == f"qwen3_30b_a3b/{path.stem}" and config.algorithm["name"] == path.stem
-    fields = dict(config.algorithm)
-    algorithm = algorithms.load(fields.pop("name"), **fields)
+    assert config.name == f"qwen3_30b_a3b/{path.stem}" and config.algorithm.name == path.stem
+    algorithm = algorithms.load(config.algorithm.name, **config.algorithm.fields)
     assert not [str(f) for f in lint(config, algorithm) if f.level == "error"]
     layout = ParallelLayout.from_config(config.parallel, RANKS.get(path.stem, 16))
     layout.validate_model(MODEL)

@@ -14,7 +14,7 @@ import yaml
 
 from mcore_rl import launch
 from mcore_rl.launch import Nodes
-from mcore_rl.preflight import MIN_SHARED_MEMORY, node_facts, problems
+from mcore_rl.planning.preflight import MIN_SHARED_MEMORY, node_facts, problems
 
 ROOT = Path(__file__).parents[2]
 ALIKE = {
@@ -75,7 +75,7 @@ def test_facts_of_this_node():
 
 def preflight(folder: Path, endpoint: str, node_rank: int, *arguments: str, timeout_s: int = 60) -> subprocess.Popen:
     options = ["--nnodes=2", f"--node-rank={node_rank}", f"--endpoint={endpoint}", f"--timeout-s={timeout_s}"]
-    command = [sys.executable, "-m", "mcore_rl.preflight", str(folder / "config.yaml"), *arguments, *options]
+    command = [sys.executable, "-m", "mcore_rl.planning.preflight", str(folder / "config.yaml"), *arguments, *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=pipe, stderr=pipe, text=True)
 

@@ -4,7 +4,7 @@ import pytest
 
 from mcore_rl import algorithms
 from mcore_rl.config import parse_config
-from mcore_rl.lint import lint
+from mcore_rl.planning.lint import lint
 
 BASE = {"name": "x", "model": {"path": "m"}, "batch": {"mini_batches": 4}}
 QUIET = {"weight_sync": {"max_logprob_diff": 2.0}}
@@ -12,8 +12,8 @@ QUIET = {"weight_sync": {"max_logprob_diff": 2.0}}
 
 def findings(algorithm: dict, **sections) -> list[tuple[str, str]]:
     config = parse_config(BASE | {"algorithm": algorithm} | sections)
-    fields = dict(config.algorithm)
-    return [(f.level, f.key) for f in lint(config, algorithms.load(fields.pop("name"), **fields))]
+    of_config = algorithms.load(config.algorithm.name, **config.algorithm.fields)
+    return [(f.level, f.key) for f in lint(config, of_config)]
 
 
 BF16 = {"path": "m", "dtype": "bfloat16"}

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mcore_rl.config import RunConfig
-from mcore_rl.metrics import RunLog, Timers, format_step, progress_display, read_metrics
+from mcore_rl.logs.metrics import RunLog, Timers, format_step, progress_display, read_metrics
 
 
 def config(**logging) -> RunConfig:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe.flips import (
+from moe.measure.flips import (
     balance_loss,
     flip_statistics,
     load_health,

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from moe.mismatch import by_probability, masked_shares, mismatch_statistics, split
-from moe.stats import Answers
+from moe.measure.mismatch import by_probability, masked_shares, mismatch_statistics, split
+from moe.measure.stats import Answers
 
 
 def test_the_split_sums_to_the_whole():

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from moe.exact import exact_bias
-from moe.gradients import (
+from moe.measure.exact import exact_bias
+from moe.measure.gradients import (
     PolicyGraph,
     noise_ceiling,
     noise_trace,
@@ -17,7 +17,7 @@ from moe.gradients import (
     signal_to_noise,
     squared_bias,
 )
-from moe.objectives import (
+from moe.measure.objectives import (
     COEFFICIENTS,
     clip_statistics,
     coefficients,
@@ -27,7 +27,7 @@ from moe.objectives import (
     matched_width,
     token_weights,
 )
-from moe.stats import Answers
+from moe.measure.stats import Answers
 
 ANSWERS = Answers(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1]))
 Z = torch.tensor([1.5, 1.0, 0.5, 1.0], dtype=torch.float64).log()  # ratios

@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 
-from moe.adapters import hf
-from moe.gradients import PolicyGraph, quadratic_estimate
-from moe.objectives import COEFFICIENTS
-from moe.probe import Probe
-from moe.scoring import (
+from moe.measure.gradients import PolicyGraph, quadratic_estimate
+from moe.measure.objectives import COEFFICIENTS
+from moe.measure.probe import Probe
+from moe.measure.scoring import (
     MATCHED,
     batch_of,
     gradient_estimates,
@@ -20,7 +19,8 @@ from moe.scoring import (
     rows_of,
     usage,
 )
-from moe.stats import Answers
+from moe.measure.stats import Answers
+from moe.record import hf
 
 
 def test_inner_products_of_means_and_of_distinct_groups():

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from moe.decompose import Decomposition, crossover, decomposition_statistics, jump, own_flip_share, parts
-from moe.stats import (
+from moe.measure.decompose import Decomposition, crossover, decomposition_statistics, jump, own_flip_share, parts
+from moe.measure.stats import (
     Answers,
     autocorrelation,
     between_share,

@@ -10,13 +10,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe.adapters import hf
-from moe.decompose import Decomposition
-from moe.measure import Passes, by_update, compare, exactly, four_passes, identities, noise_floor, prompt_flips
-from moe.probe import Probe, probe_of_rollouts, read_rows, sampled_probe
-from moe.stats import mean_of
-from moe.sweep import crossing, interpolate, slope, sweep
-from moe.trace import RoutingTrace
+from moe.measure.compare import Passes, by_update, compare, exactly, four_passes, identities, noise_floor, prompt_flips
+from moe.measure.decompose import Decomposition
+from moe.measure.probe import Probe, probe_of_rollouts, read_rows, sampled_probe
+from moe.measure.stats import mean_of
+from moe.measure.sweep import crossing, interpolate, slope, sweep
+from moe.record import hf
+from moe.record.trace import RoutingTrace
 
 ALPHAS = (1.0, 0.4, 0.3, 0.2, 0.15, 0.03)
 

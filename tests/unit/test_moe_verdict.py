@@ -9,13 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe.claims import CLAIMS, STEPS
-from moe.decompose import crossover, jump, parts
-from moe.report import ledger
-from moe.stats import Answers, Estimate, estimates, mean_of
-from moe.study import Study, pooled
-from moe.sweep import ALPHAS, laws
-from moe.verdict import (
+from moe.judge.claims import CLAIMS, STEPS
+from moe.judge.verdict import (
     Claim,
     Standing,
     all_at_most,
@@ -27,7 +22,12 @@ from moe.verdict import (
     rising,
     within,
 )
-from moe.watch import THRESHOLDS, Level, alarms_of, collapse, first_of_each, judge_run
+from moe.judge.watch import THRESHOLDS, Level, alarms_of, collapse, first_of_each, judge_run
+from moe.measure.decompose import crossover, jump, parts
+from moe.measure.stats import Answers, Estimate, estimates, mean_of
+from moe.measure.sweep import ALPHAS, laws
+from moe.show.report import ledger
+from moe.studies.study import Study, pooled
 
 BY_KEY = {claim.key: claim for claim in CLAIMS}
 

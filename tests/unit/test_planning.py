@@ -14,11 +14,11 @@ from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, load_c
 from mcore_rl.model.build import transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.estimate import RESERVE, Hardware
+from mcore_rl.planning.fit import plan_run
 from mcore_rl.planning.grid import group_grid, spell
 from mcore_rl.planning.memory import GIB, activations, trained_state
 from mcore_rl.planning.parameters import buffer_numel, held_parameters, model_parameters
-from mcore_rl.planning.plan import plan_run
-from mcore_rl.planning.report import as_json, show
+from mcore_rl.planning.tables import as_json, show
 from tools.bench.models import QWEN3_30B
 
 # config.json of the published models, what matters for shapes
@@ -311,7 +311,7 @@ def test_command(folder):
 
 
 def test_a_terminal_gets_rich_tables(folder, monkeypatch, capsys):
-    from mcore_rl.planning import report
+    from mcore_rl.planning import tables as report
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "200")

@@ -12,8 +12,8 @@ from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack, pad
 from mcore_rl.model.build import read_hf_config
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.policies import check_reference
-from mcore_rl.reference import GivenLogprobs, cache_file, describe, digest_of, read, sequences, write
+from mcore_rl.planning.check_models import check_reference
+from mcore_rl.roles.given_logprobs import GivenLogprobs, cache_file, describe, digest_of, read, sequences, write
 
 ROWS = {bytes([i] * 16): torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((3, 1, 4))}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mcore_rl.report import PANELS, _figure, write_report
+from mcore_rl.logs.report import PANELS, _figure, write_report
 
 
 def full_row(step: int) -> dict:

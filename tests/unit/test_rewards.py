@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mcore_rl.config import DataConfig
-from mcore_rl.data.tasks import Task, build_task
+from mcore_rl.data.task import Task
+from mcore_rl.data.tasks import build_task
 from mcore_rl.rollout.rewards import load_reward
 from mcore_rl.types import Prompt, Trajectory
 from tools.make_demo_model import make_tokenizer

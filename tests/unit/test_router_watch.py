@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mcore_rl.router_watch import router_alarms, summary
+from mcore_rl.step.watching import router_alarms, summary
 
 
 def tokens(**changes) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import mcore_rl.parallel  # noqa: F401  Megatron on this machine
 from mcore_rl.config import ModelConfig
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
-from moe.adapters.megatron import Routers, margins, moe_layers
+from moe.record.megatron import Routers, margins, moe_layers
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
 GROUPS = dict(tp=ALONE, cp=ALONE, pp=ALONE)

@@ -14,7 +14,8 @@ from mcore_rl.config import parse_config
 from mcore_rl.data.packing import Sample, pack, pack_mini_batch, pad, samples_of
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.routing import check_routing, router_header
+from mcore_rl.planning.check_models import check_routing
+from mcore_rl.roles.policy import router_header
 from mcore_rl.types import PolicyOutput, Prompt, RolloutGroup, Trajectory
 
 MOE = SimpleNamespace(num_experts=8, model_type="qwen3_moe")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe.trace import RoutingTrace, check_routes, compact, compact_dtype
+from moe.record.trace import RoutingTrace, check_routes, compact, compact_dtype
 
 CU = torch.tensor([0, 2, 3])
 

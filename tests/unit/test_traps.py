@@ -14,7 +14,7 @@ from mcore_rl.config import ModelConfig, parse_config
 from mcore_rl.data.packing import pack_mini_batch, samples_of, split_mini_batches
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.policies import as_policy
+from mcore_rl.roles.policy import as_policy
 
 
 @pytest.mark.parametrize("name", ["cispo", "gspo", "sapo"])

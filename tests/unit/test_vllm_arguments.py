@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mcore_rl.rollout.vllm_arguments import check_attention_on_cpu
+from mcore_rl.rollout.vllm.arguments import check_attention_on_cpu
 
 
 def test_heads_and_latent_attention_without_a_kernel_are_refused():

@@ -20,13 +20,17 @@ from typing import Annotated
 
 import typer
 
-from mcore_rl.collecting import collect_rollouts, finish_rollouts, start_rollouts
 from mcore_rl.config import RunConfig, parse_config
 from mcore_rl.model.checkpoint import Progress
-from mcore_rl.phases import Metrics, pack, sync_weights, update
-from mcore_rl.prescoring import score_old
+from mcore_rl.planning.check import make_plan
+from mcore_rl.planning.plan import rollout_sampling
 from mcore_rl.rollout.ahead import open_ahead
-from mcore_rl.run import Run, make_plan, open_run, rollout_sampling
+from mcore_rl.run import Run, open_run
+from mcore_rl.step.batches import Metrics, pack
+from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_rollouts
+from mcore_rl.step.scoring import score_old
+from mcore_rl.step.syncing import sync_weights
+from mcore_rl.step.updating import update
 from tools.bench.side_by_side import check_equal, environment, quiet_stdout, ratios, show, spread
 from tools.make_demo_model import make_demo_model
 
@@ -54,19 +58,20 @@ def train_block(run: Run, done: Progress, mode: str, steps: int) -> tuple[Progre
     rollout = config.rollout.model_copy(update=MODES[mode])
     config = config.model_copy(update={"rollout": rollout, "steps": done.step + steps})
     rollouts = open_ahead(run.engine, rollout_sampling(config), rollout, run.plan.task, ())
-    run = replace(run, plan=replace(run.plan, config=config), rollouts=rollouts)
+    plan, groups, models = replace(run.plan, config=config), run.groups, run.models
     block, first = Block(), done.step
     while done.step < config.steps:
         began = time.perf_counter()
-        done = start_rollouts(run, done)
-        samples, done, metrics = collect_rollouts(run, done)
-        mini_batches, scored = score_old(run, pack(run, samples, done.step, config.batch.mini_batches, 1))
+        done = start_rollouts(plan, groups, rollouts, done)
+        samples, done, metrics = collect_rollouts(plan, groups, models, rollouts, done)
+        mini_batches = pack(plan, groups, samples, done.step, config.batch.mini_batches, 1)
+        mini_batches, scored = score_old(plan, groups, models, mini_batches)
         updating = time.perf_counter()
-        update(run, mini_batches, done.step)
+        update(plan, groups, models, run.exporter, mini_batches, done.step)
         metrics |= scored | {"update_s": time.perf_counter() - updating}
         done = done.after_step(0.0)
-        finish_rollouts(run)
-        sync_weights(run, done.policy_version)
+        finish_rollouts(plan, groups, rollouts)
+        sync_weights(plan, groups, models.policy, run.engine, run.transfer, done.policy_version)
         if first + 1 < done.step < config.steps:
             block.seconds.append(time.perf_counter() - began)
             block.metrics.append(metrics)
@@ -102,7 +107,7 @@ def measure(prompts: int, max_tokens: int, steps: int, repeats: int, seed: int) 
     blocks: dict[str, list[Block]] = {mode: [] for mode in MODES}
     with TemporaryDirectory(prefix="mcore_rl_bench_") as name, opened(Path(name), prompts, max_tokens, seed) as run:
         done = run.start
-        sync_weights(run, done.policy_version)
+        sync_weights(run.plan, run.groups, run.models.policy, run.engine, run.transfer, done.policy_version)
         for round_ in range(-1, repeats):
             for mode in list(MODES)[:: 1 if round_ % 2 == 0 else -1]:
                 done, block = train_block(run, done, mode, steps)

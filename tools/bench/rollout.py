@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.rollout.vllm_engine import open_engine
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
 from tools.bench.models import EXPERTS, SIZES, load_hf_model, model_folder, random_prompts
 from tools.bench.side_by_side import check_equal, environment, fastest, interleave, quiet_stdout, show, throughput

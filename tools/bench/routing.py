@@ -20,8 +20,8 @@ from mcore_rl.model.forward import Policy, forward_backward, forward_only, forwa
 from mcore_rl.model.optimizer import build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.routing import score_policy
+from mcore_rl.rollout.vllm.engine import open_engine
+from mcore_rl.step.replaying import score_policy
 from mcore_rl.types import PackedBatch, Prompt, SamplingParams
 from mcore_rl.weights.hf_io import load_hf
 from mcore_rl.weights.shards import megatron_shards

@@ -27,8 +27,8 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.rollout.vllm_engine import open_engine
-from mcore_rl.rollout.weight_transfer import connect
+from mcore_rl.rollout.transfer.transfer import connect
+from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import RolloutGroup, SamplingParams
 from mcore_rl.weights.hf_io import load_hf
 from mcore_rl.weights.shards import megatron_shards

@@ -1,0 +1,1 @@
+"""The models of a run by their role: policy, reference, critic, reward model, discriminator."""

@@ -1,0 +1,1 @@
+"""Weights into rollout engines, and the checks that they arrived."""

@@ -1,0 +1,1 @@
+"""From traces and log-probs to numbers with intervals."""

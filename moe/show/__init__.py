@@ -1,0 +1,1 @@
+"""The report: one page, its figures, its ledger."""

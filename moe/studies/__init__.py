@@ -1,0 +1,1 @@
+"""What every command measures, without its command line."""
