@@ -13,7 +13,6 @@ from moe.measure.flips import (
     load_health,
     loads,
     margin_report,
-    margins,
     overlap,
     rank_imbalance,
     router_drift,
