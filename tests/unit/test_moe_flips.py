@@ -18,6 +18,7 @@ from moe.measure.flips import (
     router_drift,
     router_shift,
 )
+from moe.record.trace import margins
 
 OLD = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]], dtype=torch.uint8)  # 2 tokens, 2 layers, top-2
 NEW = torch.tensor([[[1, 0], [2, 0]], [[0, 1], [1, 0]]], dtype=torch.uint8)
