@@ -11,10 +11,12 @@ from loss_batches import make_group
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import ModelConfig, parse_config
-from mcore_rl.data.packing import pack_mini_batch, samples_of, split_mini_batches
+from mcore_rl.data.packing import split_mini_batches
+from mcore_rl.data.sequences import samples_of
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.roles.policy import as_policy
+from tools.bench.batches import pack_mini_batch
 
 
 @pytest.mark.parametrize("name", ["cispo", "gspo", "sapo"])
@@ -32,7 +34,7 @@ def test_mini_batches_that_split_a_group_keep_its_statistics(mini_batches):
     parts = split_mini_batches(len(samples), mini_batches, seed=0)
     found = []
     for part in parts:
-        mini = [samples[i] for i in part]
+        mini = [samples[i] for i in part.tolist()]
         (batch,) = pack_mini_batch(mini, algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
         found += batch.advantages[batch.loss_mask][::2].tolist()  # responses of two tokens
     assert sorted(found) == pytest.approx([-(3**-0.5)] * 6 + [3**0.5] * 2, rel=1e-6)
