@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mcore_rl.algorithms.base import Algorithm
@@ -171,27 +172,40 @@ def ragged(counts: NDArray[np.integer], numbers: NDArray[np.integer]) -> NDArray
     return np.repeat(starts[numbers] - (np.cumsum(own) - own), own) + np.arange(own.sum())
 
 
-def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm, policy_version: int | None = None) -> list[Sample]:
+def sequences_of(
+    groups: Sequence[RolloutGroup], algorithm: Algorithm, policy_version: int | None = None
+) -> Sequences:
     """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on.
 
     Args:
-        policy_version: the trainer's, where tokens may be of older ones: samples then say how old.
+        policy_version: the trainer's, where tokens may be of older ones: sequences then say how old.
     """
-    samples = []
-    for group, advantages in zip(groups, algorithm.batch_advantages(groups), strict=True):
-        masks = [t.loss_mask if algorithm.trains_on(t) else np.zeros_like(t.loss_mask) for t in group.trajectories]
-        trained = [mask.sum() for mask in masks if mask.any()]
-        for trajectory, mask, advantage in zip(group.trajectories, masks, advantages.tolist(), strict=True):
-            samples.append(
-                Sample(
-                    token_ids=np.concatenate([trajectory.prompt_ids, trajectory.response_ids]),
-                    num_response=len(trajectory.response_ids),
-                    advantage=advantage,
-                    rollout_logprobs=trajectory.rollout_logprobs,
-                    group_length=float(sum(trained)) / max(1, len(trained)),
-                    expert_ids=trajectory.expert_ids,
-                    lags=None if policy_version is None else policy_version - trajectory.versions,
-                    loss_mask=mask,
-                )
-            )
-    return samples
+    trajectories = [t for g in groups for t in g.trajectories]
+    if not trajectories:
+        return Sequences.of([])
+    responses = np.array([len(t.response_ids) for t in trajectories], np.int32)
+    trained = np.array([algorithm.trains_on(t) for t in trajectories])
+    loss_mask = np.concatenate([t.loss_mask for t in trajectories]) & np.repeat(trained, responses)
+    counted = np.concatenate([[0], np.cumsum(loss_mask)])
+    ends = np.cumsum(responses)
+    num_loss = (counted[ends] - counted[ends - responses]).astype(np.int32)
+    members = np.array([len(g.trajectories) for g in groups])
+    starts = np.cumsum(members) - members
+    group_lengths = np.add.reduceat(num_loss, starts) / np.maximum(1, np.add.reduceat(num_loss > 0, starts))
+    with_routes = trajectories[0].expert_ids is not None
+    lags = None if policy_version is None else policy_version - np.concatenate([t.versions for t in trajectories])
+    return Sequences(
+        Columns(
+            lengths=np.array([len(t.prompt_ids) for t in trajectories], np.int32) + responses,
+            num_response=responses,
+            num_loss=num_loss,
+            advantages=torch.cat(algorithm.batch_advantages(groups)).double().numpy(),
+            group_lengths=np.repeat(group_lengths, members),
+            labels=np.zeros(len(trajectories), np.int64),
+        ),
+        token_ids=np.concatenate([part for t in trajectories for part in (t.prompt_ids, t.response_ids)]),
+        loss_mask=loss_mask,
+        rollout_logprobs=np.concatenate([t.rollout_logprobs for t in trajectories]),
+        lags=lags,
+        expert_ids=np.concatenate([t.expert_ids for t in trajectories]) if with_routes else None,
+    )

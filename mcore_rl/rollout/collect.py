@@ -92,19 +92,19 @@ def collect(
                 generations=round_ + 1,
                 num_drawn=drawn,
             )
-
-    def give_up() -> None:
-        raise ValueError(
-            f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the "
-            "responses of too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
-        )
-
-    agreed(give_up)
+    agreed(partial(_give_up, max_rounds, num_prompts, len(kept)))
     raise AssertionError("unreachable: the rank that has the groups gave up")
 
 
 def _is_full(ready: Sequence[RolloutGroup], num_prompts: int) -> bool:
     return len(ready) >= num_prompts
+
+
+def _give_up(rounds: int, num_prompts: int, num_kept: int) -> None:
+    raise ValueError(
+        f"{rounds} generations of {num_prompts} prompts kept only {num_kept} groups: the reward tells the responses of "
+        "too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
+    )
 
 
 def evaluate(

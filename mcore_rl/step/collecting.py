@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mcore_rl.data.sequences import Sequences, samples_of
+from mcore_rl.data.sequences import Sequences, sequences_of
 from mcore_rl.model.checkpoint import Progress
 from mcore_rl.parallel.collectives import on_rank_0, on_rank_0_only
 from mcore_rl.parallel.groups import Groups
@@ -117,8 +117,7 @@ def collect_rollouts(
         ahead=tuple(ahead),
         discriminator=state,
     )
-    samples = samples_of(collected.groups, plan.algorithm, version if bound > 0 else None) if groups.rank == 0 else []
-    return Sequences.of(samples), after, metrics
+    return sequences_of(collected.groups, plan.algorithm, version if bound > 0 else None), after, metrics
 
 
 def generation_metrics(generated: Generated) -> Metrics:

@@ -45,7 +45,7 @@ def model_rewards(
     plan: Plan, groups: Groups, reward_model: Scorer, rollouts: Sequence[RolloutGroup]
 ) -> list[RolloutGroup]:
     """The groups, on rank 0, with the reward model's scores for rewards; what the rule said stays as `rule_reward`."""
-    scores = sequence_scores(plan, groups, reward_model, sequences_of(rollouts))
+    scores = sequence_scores(plan, groups, reward_model, token_ids_of(rollouts))
     return rewarded(rollouts, scores.tolist())
 
 
@@ -58,7 +58,7 @@ def rewarded(groups: Sequence[RolloutGroup], rewards: Sequence[float]) -> list[R
     ]
 
 
-def sequences_of(groups: Sequence[RolloutGroup]) -> list[NDArray[np.int32]]:
+def token_ids_of(groups: Sequence[RolloutGroup]) -> list[NDArray[np.int32]]:
     return [np.concatenate([t.prompt_ids, t.response_ids]) for g in groups for t in g.trajectories]
 
 
@@ -79,7 +79,7 @@ def judge(
         first_example: index of the first group's prompt in the task's training data; the others follow.
     """
     algorithm: GAPO = plan.algorithm
-    scores = sequence_scores(plan, groups, discriminator, sequences_of(rollouts))
+    scores = sequence_scores(plan, groups, discriminator, token_ids_of(rollouts))
     normaliser = state.normaliser.merge(Normaliser.of(scores))
     judged = rewarded(rollouts, algorithm.discriminator_rewards(scores, normaliser).tolist())
     fakes = [Fake(first_example + i, t.response_ids) for i, g in enumerate(rollouts) for t in g.trajectories]

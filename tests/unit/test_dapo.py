@@ -12,7 +12,7 @@ from loss_batches import gradient, make_batch, make_group, make_output, make_tra
 
 from mcore_rl.algorithms import load
 from mcore_rl.data.real_fake import DiscriminatorState, Fake
-from mcore_rl.data.sequences import samples_of
+from mcore_rl.data.sequences import sequences_of
 from mcore_rl.functional.reward import overlong_penalty
 from mcore_rl.model.checkpoint import Progress, read_progress, write_progress
 from mcore_rl.rollout.collect import collect, score
@@ -50,10 +50,11 @@ def test_token_mean_within_a_group():
     """Eq. 8: every group is normalised by its own tokens. With one group that is the token mean of the batch."""
 
     def weights(algorithm, groups):
-        samples = samples_of(groups, algorithm)
+        samples = sequences_of(groups, algorithm)
         (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
         sums = torch.zeros(len(samples)).index_add(0, batch.segment_ids, batch.weights)
-        n = torch.tensor([s.num_response for s in sorted(samples, key=lambda s: -s.positions)])
+        longest_first = np.argsort(-samples.columns.lengths, kind="stable")
+        n = torch.from_numpy(samples.columns.num_response[longest_first])
         return dict(zip(n.tolist(), (sums / n).tolist()))  # a token's weight, by the response's length
 
     def group(name, *lengths):
@@ -86,12 +87,12 @@ class TestOverlong:
         group = make_group(1.0, 0.0, 0.0)
         cut_off = replace(group.trajectories[2], finish_reason="length")
         group = replace(group, trajectories=(*group.trajectories[:2], cut_off))
-        samples = samples_of([group], algorithm)
-        assert [s.loss_mask.sum() for s in samples] == [2, 2, 0]
-        assert [s.advantage for s in samples] == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
+        samples = sequences_of([group], algorithm)
+        assert samples.columns.num_loss.tolist() == [2, 2, 0]
+        assert samples.columns.advantages.tolist() == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
         (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=100, max_response=8)
         assert batch.loss_mask.sum().item() == 4 and batch.weights[batch.loss_mask].tolist() == [0.25] * 4
-        assert [s.loss_mask.sum() for s in samples_of([group], load("dapo"))] == [2, 2, 2]
+        assert sequences_of([group], load("dapo")).columns.num_loss.tolist() == [2, 2, 2]
 
 
 class TestKeep:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mcore_rl.algorithms import load
 from mcore_rl.data.packing import balance, pack, split_mini_batches
 from mcore_rl.data.scores import batch_of
-from mcore_rl.data.sequences import Sample, Sequences, samples_of
+from mcore_rl.data.sequences import Sample, Sequences, sequences_of
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory
 from tools.bench.batches import pack_mini_batch
 
@@ -113,9 +113,9 @@ def test_samples_carry_group_advantages():
         return Trajectory((1, 2), (3, 4), (-0.1, -0.2), "stop", 0, reward=reward)
 
     group = RolloutGroup(Prompt("0", (1, 2), "x"), (trajectory(1.0), trajectory(0.0)))
-    samples = samples_of([group], load("grpo", advantage_eps=0.0))
-    assert [s.advantage for s in samples] == [1.0, -1.0]
-    assert samples[0].token_ids.tolist() == [1, 2, 3, 4] and samples[0].num_response == 2
+    samples = sequences_of([group], load("grpo", advantage_eps=0.0))
+    assert samples.columns.advantages.tolist() == [1.0, -1.0]
+    assert samples.token_ids.tolist() == [1, 2, 3, 4] * 2 and samples.columns.num_response.tolist() == [2, 2]
 
 
 def test_one_long_sequence_does_not_raise_the_limit_of_the_others():

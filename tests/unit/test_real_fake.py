@@ -104,8 +104,6 @@ class TestMemory:
         write_progress(tmp_path / "rollouts.safetensors", progress)
         plain = Progress.of(asdict(progress.without_rollouts()))
         assert read_progress(tmp_path / "rollouts.safetensors", plain) == progress
-        plain = json.loads(json.dumps(asdict(progress)["discriminator"]))  # lists for tuples
-        assert plain["fresh"][0] == {"example": 100, "response": [5, 6, 0]}
 
 
 class TestSeparation:

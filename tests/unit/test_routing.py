@@ -13,7 +13,7 @@ from tiny_models import save_tiny_hf
 from mcore_rl.algorithms import load
 from mcore_rl.config import parse_config
 from mcore_rl.data.scores import batch_of
-from mcore_rl.data.sequences import Sample, samples_of
+from mcore_rl.data.sequences import Sample, sequences_of
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.check_models import check_routing
@@ -75,7 +75,7 @@ def test_routes_follow_their_tokens_and_fill_the_padding():
 def test_routes_survive_sampling_balancing_and_idle_ranks():
     trajectory = Trajectory((1, 2), (3, 4), (-0.1, -0.2), "stop", 0, reward=1.0, expert_ids=routed(3, 1))
     group = RolloutGroup(Prompt("0", (1, 2), "x"), (trajectory, replace(trajectory, reward=0.0)))
-    samples = samples_of([group], load("grpo"))
+    samples = sequences_of([group], load("grpo"))
     for rank in range(3):
         (batch,) = pack_mini_batch(samples, load("grpo"), rank=rank, num_ranks=3, budget=10, max_response=8, multiple=4)
         rows = routed(3, 1)[[0, 1, 2, 0] if batch.loss_mask.any() else [0] * 4]

@@ -15,7 +15,7 @@ from mcore_rl.types import WeightedBatch
 
 
 def pack_mini_batch(
-    samples: Sequence[Sample],
+    samples: Sequence[Sample] | Sequences,
     algorithm: Algorithm,
     *,
     budget: int,
@@ -28,7 +28,7 @@ def pack_mini_batch(
     unit: int = 1,
 ) -> list[WeightedBatch]:
     """The micro-batches that one data-parallel rank of several gets of a mini-batch; see `data.packing`."""
-    sequences = Sequences.of(samples)
+    sequences = samples if isinstance(samples, Sequences) else Sequences.of(samples)
     filled = -(-sequences.columns.positions // segment_multiple) * segment_multiple
     mine = balance(filled.reshape(-1, unit).sum(1), num_ranks, budget, rounds)[rank]
     weights = torch.from_numpy(loss_weights(sequences.columns, algorithm, max_response)).float()
