@@ -71,11 +71,14 @@ def test_links_and_paths_exist(document):
     text = document.read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (document.parent / target).exists(), target
+    for target, section in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.*)", (document.parent / target if target else document).read_text(), re.M)
+        assert section in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], (target, section)
     for path in re.findall(r"`((?:mcore_rl|moe|tools|examples|tests|docs)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`([\w/]+\.py)`", text):  # also `step/scoring.py`, or the name alone
         assert path in EXAMPLES or any(source.as_posix().endswith(f"/{path}") for source in SOURCES), path
-    for module in re.findall(r"-m ((?:mcore_rl|moe|tools)[\w.]*\w)", text):
+    for module in re.findall(r"-m ((?:mcore_rl|moe|tools)(?:\.[a-z_]+)+)", text):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").exists() or place.is_dir(), module
 
