@@ -50,22 +50,6 @@ class Run:
     start: Progress
 
 
-def check_run_folder(config: RunConfig) -> None:
-    """Make the run's folder. Raises ValueError where that fails or a new run would overwrite an old one."""
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"run folder {str(config.run_dir)!r} cannot be made: {error.strerror}; choose another output_dir or name"
-        ) from error
-    metrics = config.run_dir / "metrics.jsonl"
-    if not config.resume and metrics.exists() and metrics.stat().st_size > 0:
-        raise ValueError(
-            f"run folder {str(config.run_dir)!r} already holds a run; continue it with resume=true, "
-            "choose another name=..., or remove it"
-        )
-
-
 @contextmanager
 def open_run(plan: Plan) -> Iterator[Run]:
     """Start process groups, model, optimizer, engine and logs; close all of them whatever happens."""

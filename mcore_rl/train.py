@@ -18,12 +18,12 @@ from mcore_rl.logs.report import write_report
 from mcore_rl.model.checkpoint import Progress
 from mcore_rl.model.checkpoint_writer import CheckpointWriter
 from mcore_rl.parallel.collectives import on_rank_0_only
-from mcore_rl.planning.check import make_plan
+from mcore_rl.planning.check import check_run_folder, make_plan
 from mcore_rl.planning.plan import world_size
 from mcore_rl.roles.discriminator import export_discriminator
 from mcore_rl.roles.models import Models
 from mcore_rl.roles.reference import following, update_reference
-from mcore_rl.run import Run, check_run_folder, open_run
+from mcore_rl.run import Run, open_run
 from mcore_rl.step.batches import Metrics, read_examples, share_of_step
 from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_rollouts, with_rollouts
 from mcore_rl.step.discriminating import update_discriminator, warm_up_discriminator

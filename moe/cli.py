@@ -213,7 +213,7 @@ def mismatch(
 ) -> None:
     """Trainer (transformers, --dtype) against the rollout engine at equal weights, on own routes and the engine's."""
     if bridges.engine is None:
-        raise ValueError("no rollout engine is at hand; start this as moe-stability or python tools/moe_stability.py")
+        raise ValueError("no rollout engine is at hand; start this as moe-stability, which brings vLLM")
     asked = _asked(prompts, None, limit, answers, max_tokens, seed, draws, dtype)
     _finish([mismatch_study(asked, hf_folder(model), bridges.engine, engine_dtypes.split(","))], out)
 

@@ -1,4 +1,4 @@
-"""python tools/hf_to_megatron.py SOURCE OUT --tp 2 --pp 2 --ep 2 --etp 1: as `mcore-rl convert --to megatron`.
+"""python -m tools.hf_to_megatron SOURCE OUT --tp 2 --pp 2 --ep 2 --etp 1: as `mcore-rl convert --to megatron`.
 
 SOURCE is a Hugging Face folder, or a Megatron checkpoint that is to be cut in another way.
 """

@@ -1,4 +1,4 @@
-"""python tools/megatron_to_hf.py CHECKPOINT OUT: as `mcore-rl convert --to hf`."""
+"""python -m tools.megatron_to_hf CHECKPOINT OUT: as `mcore-rl convert --to hf`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""python tools/moe_stability.py COMMAND ...: as `moe-stability COMMAND ...`."""
+"""python -m tools.moe_stability COMMAND ...: as `moe-stability COMMAND ...`."""
 
 from mcore_rl.cli.stability import main
 

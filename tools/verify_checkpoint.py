@@ -1,4 +1,4 @@
-"""python tools/verify_checkpoint.py A B: as `mcore-rl verify`. Exit code 0: the same, 1: not, 2: not comparable."""
+"""python -m tools.verify_checkpoint A B: as `mcore-rl verify`. Exit code 0: the same, 1: not, 2: not comparable."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""mcore-rl convert, mcore-rl verify: what tools/hf_to_megatron.py and its neighbours start."""
+"""mcore-rl convert, verify: weights on disk, of any layout. tools/hf_to_megatron.py and its neighbours start them."""
 
 from __future__ import annotations
 

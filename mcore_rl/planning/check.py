@@ -25,7 +25,7 @@ def make_plan(config: RunConfig, world: int) -> Plan:
     """Check everything that can be checked without starting anything.
 
     Raises:
-        ValueError: the algorithm, layout, model folder, data, reward or run folder does not fit, with the fix.
+        ValueError: the algorithm, layout, model folder, data or reward does not fit, with the fix.
     """
     algorithm = algorithms.load(config.algorithm.name, **config.algorithm.fields)
     layout = ParallelLayout.from_config(config.parallel, world)

@@ -73,7 +73,7 @@ THRESHOLDS = (
     ),
     Threshold(
         "moe/chi", 1.0, None, "variance of the flips' part of log-ratios over that of the weights' part",
-        "above 1 the sequence ratio is nearer to the weights' own: an identity (moe/decompose.py)",
+        "above 1 the sequence ratio is nearer to the weights' own: an identity (moe/measure/decompose.py)",
         "algorithm.name=gspo, or moe.routing_replay=old (R2)",
     ),
     Threshold(
@@ -89,7 +89,7 @@ THRESHOLDS = (
     Threshold(
         "moe/gamma_below_0.7", 0.01, 0.1, "share of tokens whose router moved by more than exp(-0.7)",
         "0.7 is where RSPO masks a token (arXiv 2510.23027); the shares are this project's choice",
-        "algorithm.router_shift=true, or model.freeze_router=true",
+        "moe.router_shift=true, or model.freeze_router=true",
     ),
     Threshold(
         "policy/entropy", 0.02, 0.002, "entropy of the policy, nats a token",

@@ -35,8 +35,8 @@ def compare_with_transformers(folder: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from mcore_rl.config import load_config
-    from mcore_rl.planning.check import make_plan
-    from mcore_rl.run import check_run_folder, open_run
+    from mcore_rl.planning.check import check_run_folder, make_plan
+    from mcore_rl.run import open_run
     from mcore_rl.step.collecting import collect_rollouts, start_rollouts
     from mcore_rl.step.judging import model_rewards
 
