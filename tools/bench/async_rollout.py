@@ -26,7 +26,7 @@ from mcore_rl.planning.check import make_plan
 from mcore_rl.planning.plan import rollout_sampling
 from mcore_rl.rollout.ahead import open_ahead
 from mcore_rl.run import Run, open_run
-from mcore_rl.step.batches import share_of_step
+from mcore_rl.step.batches import Metrics, share_of_step
 from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_rollouts
 from mcore_rl.step.scoring import score
 from mcore_rl.step.syncing import sync_weights
