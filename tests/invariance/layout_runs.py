@@ -38,7 +38,7 @@ from mcore_rl.step.discriminating import discriminator_loss, sample_of  # noqa: 
 from mcore_rl.step.scoring import score_old  # noqa: E402
 from mcore_rl.step.updating import update
 from mcore_rl.types import PackedBatch  # noqa: E402
-from mcore_rl.weights.hf_io import load_hf  # noqa: E402
+from mcore_rl.weights.hf_read import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
 from mcore_rl.weights.sync import WeightExporter  # noqa: E402
 

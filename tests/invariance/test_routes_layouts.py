@@ -45,7 +45,7 @@ def run_case(case: dict, groups) -> None:
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy, forward_backward, forward_only, forward_recorded, routers_of
     from mcore_rl.model.optimizer import build_training
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter
 
