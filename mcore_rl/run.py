@@ -13,7 +13,7 @@ from mcore_rl.model.checkpoint import Progress, load_checkpoint
 from mcore_rl.model.forward import Scorer
 from mcore_rl.model.optimizer import build_training
 from mcore_rl.parallel import groups as process_groups
-from mcore_rl.parallel.collectives import on_rank_0, require_equal
+from mcore_rl.parallel.collectives import on_rank_0_only, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.planning.lint import lint
 from mcore_rl.planning.plan import Plan, holds_reference, returns_routes, rollout_sampling, total_updates
@@ -115,13 +115,6 @@ def _failure_told_first() -> Iterator[None]:
     except Exception as error:
         tell(error)
         raise RunFailure(exit_code(error)) from error
-
-
-def on_rank_0_only(groups: Groups, make):
-    """`make()` on rank 0, None elsewhere; a failure on rank 0 ends every rank."""
-    made = []
-    on_rank_0(groups, lambda: made.append(make()))
-    return made[0] if made else None
 
 
 def open_plan_engine(plan: Plan) -> RolloutEngine:

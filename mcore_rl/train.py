@@ -17,18 +17,19 @@ from mcore_rl.logs.metrics import Timers, progress_display
 from mcore_rl.logs.report import write_report
 from mcore_rl.model.checkpoint import Progress
 from mcore_rl.model.checkpoint_writer import CheckpointWriter
+from mcore_rl.parallel.collectives import on_rank_0_only
 from mcore_rl.planning.check import check_run_folder, make_plan
 from mcore_rl.planning.plan import world_size
 from mcore_rl.roles.discriminator import export_discriminator
 from mcore_rl.roles.models import Models
 from mcore_rl.roles.reference import following, update_reference
-from mcore_rl.run import Run, on_rank_0_only, open_run
-from mcore_rl.step.batches import Metrics, pack, read_examples
+from mcore_rl.run import Run, open_run
+from mcore_rl.step.batches import Metrics, read_examples, share_of_step
 from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_rollouts, with_rollouts
 from mcore_rl.step.discriminating import update_discriminator, warm_up_discriminator
 from mcore_rl.step.evaluating import evaluate
 from mcore_rl.step.reference import with_reference
-from mcore_rl.step.scoring import score_old
+from mcore_rl.step.scoring import score
 from mcore_rl.step.syncing import rest_engine, sync_weights
 from mcore_rl.step.updating import adapt_kl, update
 from mcore_rl.step.watching import router_alarms, router_metrics, watch_routers
@@ -48,15 +49,14 @@ def train(config: RunConfig) -> Path:
                 with timers("collect"):
                     if rl:
                         done = start_rollouts(plan, groups, rollouts, done)
-                        samples, done, collected = collect_rollouts(plan, groups, models, rollouts, done)
+                        sequences, done, collected = collect_rollouts(plan, groups, models, rollouts, done)
                     else:
-                        samples, done, collected = read_examples(plan, done)
+                        sequences, done, collected = read_examples(plan, groups, done)
                 rest_engine(plan, groups, engine)
                 with timers("pack"):
-                    unit = plan.algorithm.unit
-                    mini_batches = pack(plan, groups, samples, done.step, config.batch.mini_batches, unit)
+                    share = share_of_step(plan, groups, sequences, done.step)
                 with timers("score"):
-                    mini_batches, scored = score_old(plan, groups, models, mini_batches)
+                    mini_batches, scored = score(plan, groups, models, share)
                 with timers("moe"):
                     watched = watch_routers(config.moe, groups, policy, mini_batches, done.step)
                 with timers("update"):
@@ -66,7 +66,7 @@ def train(config: RunConfig) -> Path:
                 with timers("moe"):
                     routed = router_metrics(config, groups, policy, watched, done.step)
                 metrics = {**collected, **scored, **updated, **discriminated, **routed}
-                plan = adapt_kl(plan, metrics, len(samples))
+                plan = adapt_kl(plan, metrics, len(share.columns))
                 done = done.after_step(plan.algorithm.kl_coef)
                 with timers("reference"):
                     update_reference(plan, policy, models.reference, done.step)

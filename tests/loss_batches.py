@@ -8,14 +8,14 @@ import torch
 
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.functional.reduce import sequence_weights
-from mcore_rl.types import PackedBatch, PolicyOutput, Prompt, RolloutGroup, Trajectory
+from mcore_rl.types import PolicyOutput, Prompt, RolloutGroup, Trajectory, WeightedBatch
 
 F64 = torch.float64
 LENGTHS = (5, 3, 4, 6)  # positions of each segment; the first position of each is prompt
 PER_TOKEN = ("weights", "advantages", "old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns")
 
 
-def make_batch(seed=0, aggregation="sequence_mean", lengths=LENGTHS, advantages=(1.5, -0.5, -1.0, 0.7)) -> PackedBatch:
+def make_batch(seed=0, aggregation="sequence_mean", lengths=LENGTHS, advantages=(1.5, -0.5, -1.0, 0.7)):
     g = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     mask = torch.cat([torch.arange(n) >= 1 for n in lengths])
@@ -26,7 +26,8 @@ def make_batch(seed=0, aggregation="sequence_mean", lengths=LENGTHS, advantages=
         return -torch.rand(total, generator=g, dtype=F64) - 0.1
 
     old = logprobs()
-    return PackedBatch(
+    return WeightedBatch(
+        labels=torch.zeros(len(lengths), dtype=torch.long),
         token_ids=torch.zeros(total, dtype=torch.long),
         targets=torch.zeros(total, dtype=torch.long),
         positions=torch.cat([torch.arange(n) for n in lengths]),
@@ -43,19 +44,19 @@ def make_batch(seed=0, aggregation="sequence_mean", lengths=LENGTHS, advantages=
     )
 
 
-def make_output(batch: PackedBatch, scale=0.3, seed=1) -> PolicyOutput:
+def make_output(batch: WeightedBatch, scale=0.3, seed=1) -> PolicyOutput:
     g = torch.Generator().manual_seed(seed)
     noise = scale * torch.randn(batch.old_logprobs.numel(), generator=g, dtype=F64)
     logprobs = (batch.old_logprobs + noise).requires_grad_()
     return PolicyOutput(logprobs, torch.rand(logprobs.numel(), generator=g, dtype=F64).requires_grad_())
 
 
-def gradient(algorithm: Algorithm, batch: PackedBatch, out: PolicyOutput) -> torch.Tensor:
+def gradient(algorithm: Algorithm, batch: WeightedBatch, out: PolicyOutput) -> torch.Tensor:
     """[T] of the loss by each log-prob."""
     return torch.autograd.grad(algorithm.loss(batch, out).loss, out.logprobs)[0]
 
 
-def cut(batch: PackedBatch, out: PolicyOutput, segments_each: int = 1):
+def cut(batch: WeightedBatch, out: PolicyOutput, segments_each: int = 1):
     """The batch in micro-batches of `segments_each` segments, weights as they are."""
     bounds = batch.cu_seqlens.tolist()
     for first in range(0, len(bounds) - 1, segments_each):
@@ -63,14 +64,16 @@ def cut(batch: PackedBatch, out: PolicyOutput, segments_each: int = 1):
         rows = {
             f.name: getattr(batch, f.name)[a:b]
             for f in fields(batch)
-            if f.name != "cu_seqlens" and getattr(batch, f.name) is not None
+            if f.name not in ("cu_seqlens", "labels") and getattr(batch, f.name) is not None
         }
         rows["segment_ids"] = rows["segment_ids"] - first
         starts = batch.cu_seqlens[first : first + segments_each + 1] - a
-        yield replace(batch, **rows, cu_seqlens=starts), PolicyOutput(out.logprobs[a:b], out.entropy[a:b])
+        labels = batch.labels[first : first + segments_each]
+        part = replace(batch, **rows, cu_seqlens=starts, labels=labels)
+        yield part, PolicyOutput(out.logprobs[a:b], out.entropy[a:b])
 
 
-def poisoned(batch: PackedBatch, poison: float) -> PackedBatch:
+def poisoned(batch: WeightedBatch, poison: float) -> WeightedBatch:
     """`poison` wherever nothing was sampled."""
     bad = {f: torch.where(batch.loss_mask, getattr(batch, f), poison) for f in PER_TOKEN}
     return replace(batch, **bad)

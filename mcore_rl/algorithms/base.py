@@ -21,7 +21,7 @@ from mcore_rl.functional.advantage import BASELINES, STD_MODES, group_advantages
 from mcore_rl.functional.correction import CORRECTIONS, correction_weights
 from mcore_rl.functional.policy import KL_ESTIMATORS, kl_estimate, kl_loss, masked_log_ratio
 from mcore_rl.functional.reduce import AGGREGATIONS
-from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, RolloutGroup, Trajectory
+from mcore_rl.types import LossOutput, PolicyOutput, RolloutGroup, ScoredBatch, Trajectory, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Algorithm:
     """
 
     needs_rollouts: ClassVar[bool] = True  # False: the data already holds the responses (SFT, DPO)
+    scales_with_advantage: ClassVar[bool] = False  # advantage 0: no policy loss and no gradient, whatever the ratio
     carry_surplus: ClassVar[bool] = False  # whether kept groups beyond the batch are trained on in the next step
 
     aggregation: str = "sequence_mean"
@@ -133,14 +134,14 @@ class Algorithm:
         """[G] of every group of a step, for statistics that span groups."""
         return [self.advantages(group) for group in groups]
 
-    def token_advantages(self, batch: PackedBatch) -> tuple[PackedBatch, dict[str, Tensor]]:
+    def token_advantages(self, batch: ScoredBatch) -> tuple[ScoredBatch, dict[str, Tensor]]:
         """The batch with `advantages` (and `returns`) a token, and metrics [] that are sums over its loss tokens.
 
         Called once log-probs and values of before the step are in the batch, for all micro-batches of the step.
         """
         return batch, {}
 
-    def normalise_advantages(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> PackedBatch:
+    def normalise_advantages(self, batch: ScoredBatch, totals: Mapping[str, Tensor]) -> ScoredBatch:
         """The batch once the metrics of `token_advantages` were summed over micro-batches and ranks, into `totals`."""
         return batch
 
@@ -152,11 +153,11 @@ class Algorithm:
         """The algorithm of a resumed run whose `adapt_kl` had come to `kl_coef`; a fixed coefficient stays."""
         return self
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss [T] to minimise and metrics [T], both meaningful where `batch.loss_mask` is True."""
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss")
 
-    def loss(self, batch: PackedBatch, out: PolicyOutput) -> LossOutput:
+    def loss(self, batch: WeightedBatch, out: PolicyOutput) -> LossOutput:
         """This batch's share of the global mini-batch's loss: sum_t weights_t * per_token_t, plus KL and entropy.
 
         Masked positions may hold anything, NaN included.
@@ -235,7 +236,7 @@ class GroupAlgorithm(Algorithm):
         ]
 
 
-def reduce_tokens(batch: PackedBatch, per_token: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:
+def reduce_tokens(batch: WeightedBatch, per_token: Tensor, metrics: Mapping[str, Tensor]) -> LossOutput:
     """The weighted sum of a loss [T] and the plain sums of metrics [T], over the loss tokens."""
     mask = batch.loss_mask
     sums = {name: torch.where(mask, x.detach(), 0.0).sum() for name, x in metrics.items()}
@@ -243,14 +244,14 @@ def reduce_tokens(batch: PackedBatch, per_token: Tensor, metrics: Mapping[str, T
     return LossOutput(loss=(batch.weights * torch.where(mask, per_token, 0.0)).sum(), metrics=sums)
 
 
-def blank_masked(batch: PackedBatch) -> PackedBatch:
+def blank_masked(batch: WeightedBatch) -> WeightedBatch:
     """Zero wherever nothing was sampled, so that no later arithmetic can carry a masked value on."""
     before = ("old_logprobs", "rollout_logprobs", "ref_logprobs", "values", "returns", "router_weights")
     names = ("weights", "advantages", *before)
     return replace(batch, **{name: blank(getattr(batch, name), batch.loss_mask) for name in names})
 
 
-def blank_masked_output(batch: PackedBatch, out: PolicyOutput) -> PolicyOutput:
+def blank_masked_output(batch: WeightedBatch, out: PolicyOutput) -> PolicyOutput:
     """The same of what the model says."""
     return PolicyOutput(*(blank(x, batch.loss_mask) for x in (out.logprobs, out.entropy, out.values)))
 

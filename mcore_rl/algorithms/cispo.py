@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from mcore_rl.algorithms.base import GroupAlgorithm
 from mcore_rl.functional.policy import masked_log_ratio
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class CISPO(GroupAlgorithm):
         ratio_min, ratio_max: absolute bounds of the weight, not distances from 1.
     """
 
+    scales_with_advantage: ClassVar[bool] = True
+
     aggregation: str = "token_mean"
     ratio_min: float = 0.0
     ratio_max: float = 5.0
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         ratio = log_ratio.exp().detach()
         weight = ratio.clamp(self.ratio_min, self.ratio_max)

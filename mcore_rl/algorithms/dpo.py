@@ -11,7 +11,7 @@ from torch import Tensor
 from mcore_rl.algorithms.base import Algorithm, blank_masked, blank_masked_output, reduce_tokens
 from mcore_rl.functional.policy import segment_sums
 from mcore_rl.functional.preference import PREFERENCE_LOSSES, preference_loss
-from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
+from mcore_rl.types import LossOutput, PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DPO(Algorithm):
     def needs(self) -> frozenset[str]:
         return frozenset({"reference", "pairs"})
 
-    def loss(self, batch: PackedBatch, out: PolicyOutput) -> LossOutput:
+    def loss(self, batch: WeightedBatch, out: PolicyOutput) -> LossOutput:
         """The pairs' weighted losses. Metrics "pairs/..." are sums over pairs, their number is "num_pairs"."""
         batch, out = blank_masked(batch), blank_masked_output(batch, out)
 

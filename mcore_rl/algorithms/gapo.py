@@ -18,7 +18,7 @@ from mcore_rl.functional.discriminator import (
     discriminator_reward,
     steps_in_band,
 )
-from mcore_rl.types import LossOutput, PackedBatch, RolloutGroup
+from mcore_rl.types import LossOutput, RolloutGroup, ScoredBatch
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ class GAPO(PPO):
     def advantages(self, group: RolloutGroup) -> Tensor:
         return group_advantages(group.rewards) if self.baseline == "group" else group.rewards
 
-    def token_advantages(self, batch: PackedBatch) -> tuple[PackedBatch, dict[str, Tensor]]:
+    def token_advantages(self, batch: ScoredBatch) -> tuple[ScoredBatch, dict[str, Tensor]]:
         return super().token_advantages(batch) if self.baseline == "critic" else (batch, {})
 
-    def normalise_advantages(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> PackedBatch:
+    def normalise_advantages(self, batch: ScoredBatch, totals: Mapping[str, Tensor]) -> ScoredBatch:
         return super().normalise_advantages(batch, totals) if self.baseline == "critic" else batch
 
     def discriminator_rewards(self, scores: Tensor, normaliser: Normaliser) -> Tensor:

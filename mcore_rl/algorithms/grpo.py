@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from mcore_rl.algorithms.base import GroupAlgorithm
 from mcore_rl.functional.policy import clipped_token_loss, masked_log_ratio
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class GRPO(GroupAlgorithm):
         clip_low, clip_high: distance of the clip from 1.
     """
 
+    scales_with_advantage: ClassVar[bool] = True
+
     clip_low: float = 0.2
     clip_high: float = 0.2
 
@@ -28,6 +31,6 @@ class GRPO(GroupAlgorithm):
         super().__post_init__()
         self.check_range("clip_low", "clip_high")
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         return clipped_token_loss(log_ratio, batch.advantages, self.clip_low, self.clip_high)

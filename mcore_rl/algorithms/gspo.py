@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from mcore_rl.algorithms.base import GroupAlgorithm
 from mcore_rl.functional.policy import clipped_surrogate, is_clipped, masked_log_ratio, sequence_mean
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class GSPO(GroupAlgorithm):
         token_variant: GSPO-token (eq. 13-14): the same value, the gradient of each token through its own log-prob, so
             that advantages may differ within a sequence.
     """
+
+    scales_with_advantage: ClassVar[bool] = True
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
@@ -35,7 +38,7 @@ class GSPO(GroupAlgorithm):
                 "would get the mean of its sequence's weights; use token_variant=true or a *_seq_* correction"
             )
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         log_s = sequence_mean(log_ratio, batch.loss_mask, batch.segment_ids)
         if self.token_variant:

@@ -12,7 +12,7 @@ from mcore_rl.functional.advantage import gae, moments, terminal_rewards, whiten
 from mcore_rl.functional.policy import clipped_token_loss, masked_log_ratio
 from mcore_rl.functional.reward import adaptive_kl_coef
 from mcore_rl.functional.value import clipped_value_loss
-from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, RolloutGroup
+from mcore_rl.types import LossOutput, PolicyOutput, RolloutGroup, ScoredBatch, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PPO(Algorithm):
     def advantages(self, group: RolloutGroup) -> Tensor:
         return group.rewards  # token_advantages replaces them
 
-    def token_advantages(self, batch: PackedBatch) -> tuple[PackedBatch, dict[str, Tensor]]:
+    def token_advantages(self, batch: ScoredBatch) -> tuple[ScoredBatch, dict[str, Tensor]]:
         """GAE of scores (in `advantages`), `values`, `old_logprobs` and, with KL in the reward, `ref_logprobs`."""
         mask, metrics = batch.loss_mask, {}
         rewards = terminal_rewards(batch.advantages, mask, batch.segment_ids)
@@ -72,18 +72,18 @@ class PPO(Algorithm):
         sums = {name: x.double().sum() for name, x in metrics.items()} | {"num_tokens": mask.sum().double()}
         return replace(batch, advantages=advantages, returns=returns), sums
 
-    def normalise_advantages(self, batch: PackedBatch, totals: Mapping[str, Tensor]) -> PackedBatch:
+    def normalise_advantages(self, batch: ScoredBatch, totals: Mapping[str, Tensor]) -> ScoredBatch:
         if not self.whiten:
             return batch
         count, total, squares = (totals[k] for k in ("num_tokens", "critic/advantage_mean", "critic/advantage_square"))
         whitened = whiten(batch.advantages, batch.loss_mask, count=count, total=total, square_total=squares)
         return replace(batch, advantages=whitened)
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         return clipped_token_loss(log_ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
 
-    def value_loss(self, batch: PackedBatch, values: Tensor) -> LossOutput:
+    def value_loss(self, batch: WeightedBatch, values: Tensor) -> LossOutput:
         """The critic's loss from its present values [T]; needs `batch.values` and `returns` of before the step."""
         batch, values = blank_masked(batch), blank(values, batch.loss_mask)
         loss, clipped = clipped_value_loss(values, batch.values, batch.returns, self.value_clip)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mcore_rl.algorithms.base import GroupAlgorithm
 from mcore_rl.functional.policy import masked_log_ratio
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SAPO(GroupAlgorithm):
         tau_positive, tau_negative: temperature of the gate for A > 0 and for the rest.
     """
 
+    scales_with_advantage: ClassVar[bool] = True
+
     tau_positive: float = 1.0
     tau_negative: float = 1.05
 
@@ -30,7 +33,7 @@ class SAPO(GroupAlgorithm):
         super().__post_init__()
         self.check_range("tau_positive", "tau_negative", above=True)
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         log_ratio = masked_log_ratio(out.logprobs, batch.old_logprobs, batch.loss_mask)
         # beyond e^20 the gate is flat whatever tau is; the bound keeps exp finite
         ratio = log_ratio.clamp(-20, 20).exp()

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mcore_rl.algorithms.base import Algorithm
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 
 @dataclass(frozen=True)
@@ -19,5 +19,5 @@ class SFT(Algorithm):
 
     aggregation: str = "token_mean"
 
-    def token_loss(self, batch: PackedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    def token_loss(self, batch: WeightedBatch, out: PolicyOutput) -> tuple[Tensor, dict[str, Tensor]]:
         return -out.logprobs, {}

@@ -63,7 +63,7 @@ def generate(
         for group in engine.generate(asked, params, seed=seed):
             for t in group.trajectories:
                 row = {"prompt": group.prompt.text, "response": t.text, "finish_reason": t.finish_reason}
-                print(json.dumps({**row, "logprob": sum(t.rollout_logprobs)}, ensure_ascii=False))
+                print(json.dumps({**row, "logprob": float(t.rollout_logprobs.sum(dtype=float))}, ensure_ascii=False))
 
 
 @app.command()

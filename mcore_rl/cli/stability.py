@@ -13,6 +13,9 @@ from pathlib import Path
 # as torchrun does: threads of several processes on the same cores wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch  # noqa: E402
+
+from mcore_rl.types import Trajectory  # noqa: E402
 from moe import cli  # noqa: E402
 from moe.measure.probe import Tokens  # noqa: E402
 from moe.studies.engine import EngineAnswer  # noqa: E402
@@ -40,10 +43,12 @@ def vllm_answers(
         asked = [Prompt(str(i), tuple(tokens), "") for i, tokens in enumerate(prompts)]
         params = SamplingParams(n=num_answers, max_tokens=max_tokens)
         generated = [engine.generate(asked, params, seed=seed) for _ in range(rounds)]
-    return [
-        [[EngineAnswer(t.response_ids, t.rollout_logprobs, t.expert_ids) for t in g.trajectories] for g in groups]
-        for groups in generated
-    ]
+    return [[[_answer(t) for t in g.trajectories] for g in groups] for groups in generated]
+
+
+def _answer(trajectory: Trajectory) -> EngineAnswer:
+    tokens, logprobs = (tuple(x.tolist()) for x in (trajectory.response_ids, trajectory.rollout_logprobs))
+    return EngineAnswer(tokens, logprobs, torch.from_numpy(trajectory.expert_ids))
 
 
 def as_hf(path: Path) -> Path:

@@ -1,68 +1,29 @@
 """From sequences to packed micro-batches, the same number on every data-parallel rank.
 
-Every rank plans the whole global batch from the same numbers and builds only its own share, so that nothing has to be
+Every rank plans the whole global batch from the same columns and builds only its own share, so that nothing has to be
 agreed on by communication. Loss weights are fixed here, over the global mini-batch: packing cannot change the loss.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mcore_rl.algorithms.base import Algorithm
+from mcore_rl.data.sequences import Columns, Sequences
 from mcore_rl.functional.reduce import sequence_weights
-from mcore_rl.types import PackedBatch, RolloutGroup
+from mcore_rl.types import PackedBatch
+
+Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sequence to train on: n tokens of which the last `num_response` were sampled.
-
-    Example:
-        >>> Sample(token_ids=(5, 6, 7, 1), num_response=2, advantage=0.5, rollout_logprobs=(-0.1, -0.2)).positions
-        3
-    """
-
-    token_ids: tuple[int, ...]
-    num_response: int
-    advantage: float
-    rollout_logprobs: tuple[float, ...]  # [num_response]
-    group_length: float | None = None  # mean number of loss tokens of its group; None: it has no group
-    expert_ids: Tensor | None = field(default=None, compare=False)  # [n-1, L, K] of the rollout engine
-    lags: tuple[int, ...] | None = None  # [num_response] weight updates since each token was sampled
-
-    @property
-    def positions(self) -> int:
-        return len(self.token_ids) - 1
-
-
-def samples_of(groups: Sequence[RolloutGroup], algorithm: Algorithm, policy_version: int | None = None) -> list[Sample]:
-    """Every trajectory of scored and shaped groups with its advantage; without loss tokens if it is not trained on.
-
-    Args:
-        policy_version: the trainer's, where tokens may be of older ones: samples then say how old.
-    """
-    samples = []
-    for group, advantages in zip(groups, algorithm.batch_advantages(groups), strict=True):
-        lengths = [len(t.response_ids) for t in group.trajectories if algorithm.trains_on(t)]
-        for trajectory, advantage in zip(group.trajectories, advantages.tolist(), strict=True):
-            sample = Sample(
-                token_ids=(*trajectory.prompt_ids, *trajectory.response_ids),
-                num_response=len(trajectory.response_ids),
-                advantage=advantage,
-                rollout_logprobs=trajectory.rollout_logprobs,
-                group_length=sum(lengths) / max(1, len(lengths)),
-                expert_ids=trajectory.expert_ids,
-                lags=None if policy_version is None else tuple(policy_version - v for v in trajectory.token_versions),
-            )
-            samples.append(sample if algorithm.trains_on(trajectory) else _untrained(sample))
-    return samples
-
-
-def split_mini_batches(count: int, mini_batches: int, seed: int, unit: int = 1) -> list[list[int]]:
+def split_mini_batches(count: int, mini_batches: int, seed: int, unit: int = 1) -> list[Numbers]:
     """A seeded shuffle of range(count) cut into `mini_batches` parts of about equal size.
 
     Args:
@@ -76,12 +37,35 @@ def split_mini_batches(count: int, mini_batches: int, seed: int, unit: int = 1) 
         raise ValueError(
             f"{units} samples cannot fill batch.mini_batches={mini_batches}; lower it or raise prompts_per_step"
         )
-    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(units, generator=torch.Generator().manual_seed(seed)).numpy()
     bounds = [units * i // mini_batches for i in range(mini_batches + 1)]
-    return [[unit * u + k for u in order[a:b] for k in range(unit)] for a, b in zip(bounds, bounds[1:])]
+    return [of_units(order[a:b], unit) for a, b in zip(bounds, bounds[1:])]
 
 
-def balance(lengths: Sequence[int], num_ranks: int, budget: int, rounds: int = 1) -> list[list[list[int]]]:
+def of_units(units: NDArray[np.integer], unit: int) -> Numbers:
+    """The samples of some units, in their order.
+
+    Example:
+        >>> of_units(np.array([2, 0]), 2).tolist()
+        [4, 5, 0, 1]
+    """
+    return (unit * units[:, None] + np.arange(unit)).reshape(-1).astype(np.int64)
+
+
+def loss_weights(columns: Columns, algorithm: Algorithm, max_response: int) -> NDArray[np.float64]:
+    """[N], the weight of each loss token of every sequence of one global mini-batch.
+
+    Args:
+        max_response: longest response allowed, the constant of `aggregation="constant"`.
+    """
+    lengths, of_groups = torch.from_numpy(columns.num_loss), torch.from_numpy(columns.group_lengths)
+    aggregation = algorithm.aggregation
+    return sequence_weights(lengths, aggregation, max_length=max_response, group_lengths=of_groups).numpy()
+
+
+def balance(
+    lengths: Sequence[int], num_ranks: int, budget: int, rounds: int = 1, least: int = 1
+) -> list[list[list[int]]]:
     """Spread sequences over ranks and micro-batches: longest first, each into the emptiest bin.
 
     Args:
@@ -89,154 +73,140 @@ def balance(lengths: Sequence[int], num_ranks: int, budget: int, rounds: int = 1
         num_ranks: data-parallel ranks.
         budget: positions of one micro-batch; a longer sequence has a micro-batch of its own.
         rounds: the number of micro-batches is a multiple of this.
+        least: micro-batches a rank, at least.
 
     Returns:
         [rank][micro_batch] -> indices into `lengths`; every rank has as many micro-batches, some of them empty
         where there are fewer sequences than bins.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    limit = max(budget, max(lengths, default=0))
-    per_rank = max(1, -(-sum(lengths) // (limit * num_ranks)))
+    sizes = np.asarray(lengths, np.int64)
+    order = np.lexsort((np.arange(len(sizes)), -sizes)).tolist()
+    per_rank = max(least, -(-int(np.minimum(sizes, budget).sum()) // (budget * num_ranks)))
     while True:
         per_rank = -(-per_rank // rounds) * rounds
-        bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
-        fill = [0] * len(bins)
-        for i in order:
-            emptiest = fill.index(min(fill))
-            bins[emptiest].append(i)
-            fill[emptiest] += lengths[i]
-        if max(fill) <= limit:
+        if (bins := _filled(sizes.tolist(), order, per_rank * num_ranks, budget)) is not None:
             return [bins[rank::num_ranks] for rank in range(num_ranks)]
         per_rank += 1
 
 
-def pack_mini_batch(
-    samples: Sequence[Sample],
-    algorithm: Algorithm,
-    *,
-    rank: int,
-    num_ranks: int,
-    budget: int,
-    max_response: int,
-    multiple: int = 1,
-    segment_multiple: int = 1,
-    rounds: int = 1,
-    unit: int = 1,
-) -> list[PackedBatch]:
-    """This rank's micro-batches of one global mini-batch.
+def _filled(sizes: list[int], order: list[int], count: int, budget: int) -> list[list[int]] | None:
+    """The bins, or None where one with several sequences is over the budget."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    fullness = [(0, i) for i in range(count)]  # a heap: the emptiest first, of equals the first
+    for number in order:
+        fill, emptiest = fullness[0]
+        if fill and fill + sizes[number] > budget:
+            return None
+        bins[emptiest].append(number)
+        heapq.heapreplace(fullness, (fill + sizes[number], emptiest))
+    return bins
 
-    Args:
-        samples: the whole mini-batch, the same on every rank.
-        rank, num_ranks: place in the data-parallel group.
-        budget: positions of one micro-batch.
-        max_response: longest response allowed, the constant of `aggregation="constant"`.
-        multiple: micro-batches are filled up to a multiple of this (sequence parallelism cuts them into tp parts).
-        segment_multiple: so is every sequence (context parallelism cuts each into 2*cp parts); `multiple` is one of it.
-        rounds: their number is a multiple of this (the interleaved pipeline schedule works in rounds of pp).
-        unit: this many consecutive samples share a micro-batch, next to each other.
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A micro-batch, and where its positions stand in the flat arrays of the sequences it was made of.
+
+    Attributes:
+        is_real: [T] bool, False where a position only fills up.
+        response_at: [T] int64, place among the response tokens; 0 where `batch.loss_mask` is False.
+        position_at: [T] int64, place among the positions; what fills up repeats places of its own sequence or batch.
+        sequence_at: [T] int64, place among the sequences; 0 in a segment that fills the batch up.
     """
-    lengths = torch.tensor([s.num_response for s in samples])
-    of_groups = torch.tensor([float(s.num_response if s.group_length is None else s.group_length) for s in samples])
-    weights = sequence_weights(
-        lengths, algorithm.aggregation, max_length=max_response, group_lengths=of_groups
-    ).tolist()
-    units = [samples[i : i + unit] for i in range(0, len(samples), unit)]
-    positions = [sum(_filled_up(s.positions, segment_multiple) for s in u) for u in units]
-    mine = balance(positions, num_ranks, budget, rounds)[rank]
-    # a bin without a sequence still takes part in every collective: the shortest ones, with weight 0
-    idle = [_untrained(s) for s in units[positions.index(min(positions))]]
-    return [
-        pad(
-            pack(
-                [s for u in b for s in units[u]] or idle,
-                [weights[unit * u + k] for u in b for k in range(unit)] or [0.0] * unit,
-                segment_multiple,
-            ),
-            multiple,
-        )
-        for b in mine
-    ]
+
+    batch: PackedBatch
+    is_real: Tensor
+    response_at: Tensor
+    position_at: Tensor
+    sequence_at: Tensor
+
+    def of_responses(self, flat: Tensor) -> Tensor:
+        """[T] of one number a response token, 0 where nothing is trained on."""
+        return self._masked(flat, self.response_at)
+
+    def of_sequences(self, flat: Tensor) -> Tensor:
+        """[T] of one number a sequence, 0 where nothing is trained on."""
+        return self._masked(flat, self.sequence_at)
+
+    def of_positions(self, flat: Tensor) -> Tensor:
+        """[T, L, K] of an entry a position; a batch of no sequence takes the first experts."""
+        if not len(flat):
+            return torch.arange(flat.shape[-1]).to(flat).expand(len(self.position_at), *flat.shape[1:])
+        return flat[self.position_at]
+
+    def _masked(self, flat: Tensor, at: Tensor) -> Tensor:
+        if not len(flat):
+            return flat.new_zeros(at.shape)
+        return torch.where(self.batch.loss_mask, flat[at], flat.new_zeros(()))
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-def _filled_up(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
+def packed_length(columns: Columns, numbers: NDArray[np.integer], segment_multiple: int = 1, multiple: int = 1) -> int:
+    """Positions of the batch that `pack` makes."""
+    used = int(_filled_up(columns.positions[numbers], segment_multiple).sum())
+    return int(_filled_up(max(used, 1), multiple))
 
 
-def _untrained(sample: Sample) -> Sample:
-    return replace(sample, num_response=0, rollout_logprobs=(), lags=sample.lags and ())
+def pack(
+    sequences: Sequences, numbers: NDArray[np.integer], segment_multiple: int = 1, multiple: int = 1
+) -> Packed:
+    """Lay some sequences end to end; without any, a batch of tokens that nobody sampled.
 
-
-def pad(batch: PackedBatch, multiple: int) -> PackedBatch:
-    """The batch with one more segment, without loss tokens, that fills its positions up to a multiple of `multiple`."""
-    total = batch.token_ids.numel()
-    missing = _filled_up(total, multiple) - total
-    if missing == 0:
-        return batch
-    routes = None if batch.rollout_expert_ids is None else _filler_routes(batch.rollout_expert_ids, missing)
-    filler = pack(
-        [Sample((0,) * (missing + 1), 0, 0.0, (), expert_ids=routes, lags=None if batch.lags is None else ())], [0.0]
-    )
-    joined = {
-        f.name: torch.cat([getattr(batch, f.name), getattr(filler, f.name)])
-        for f in fields(batch)
-        if getattr(batch, f.name) is not None
-    }
-    joined["segment_ids"][total:] += batch.cu_seqlens.numel() - 1
-    joined["cu_seqlens"] = torch.cat([batch.cu_seqlens, batch.cu_seqlens[-1:] + missing])
-    return PackedBatch(**joined)
-
-
-def _filler_routes(routes: Tensor, count: int) -> Tensor:
-    """Possible routes for tokens that mean nothing, as spread over the experts as the given ones [n, L, K]."""
-    return routes[torch.arange(count) % len(routes)]
-
-
-def pack(samples: Sequence[Sample], weights: Sequence[float], segment_multiple: int = 1) -> PackedBatch:
-    """Lay sequences end to end.
+    A rank without sequences still takes part in every collective.
 
     Args:
-        weights: the loss weight of a response token of each.
         segment_multiple: sequences are filled up to a multiple of this by tokens behind their end, where causal
-            attention hides them. The longest sequence gives a padded batch.
+            attention hides them (context parallelism cuts each into 2*cp parts).
+        multiple: the batch is filled up to a multiple of this by one more segment (sequence parallelism cuts it into
+            tp parts; pipeline stages exchange tensors of one length).
     """
-    fillers = [_filled_up(s.positions, segment_multiple) - s.positions for s in samples]
-    positions = [s.positions + filler for s, filler in zip(samples, fillers)]
-    total = sum(positions)
-    segment_ids = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(positions))
-    loss_mask = torch.cat([_response_mask(s, filler) for s, filler in zip(samples, fillers)])
+    numbers = np.asarray(numbers, np.int64)
+    columns = sequences.columns.take(numbers)
+    lengths, filled = columns.positions, _filled_up(columns.positions, segment_multiple)
+    used = int(filled.sum())
+    missing = packed_length(sequences.columns, numbers, segment_multiple, multiple) - used
+    filled = np.append(filled, missing) if missing else filled
+    lengths = np.append(lengths, 0) if missing else lengths
+    segment_ids = np.repeat(np.arange(len(filled)), filled)
+    positions = np.arange(used + missing) - np.repeat(np.cumsum(filled) - filled, filled)
+    real = positions < lengths[segment_ids]
 
-    def spread(values: Sequence[float]) -> Tensor:
-        return torch.where(loss_mask, torch.tensor(values)[segment_ids], 0.0)
+    def starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[T], where the entries of each position's sequence begin in a flat array."""
+        own = (np.cumsum(counts) - counts)[numbers]
+        return (np.append(own, 0) if missing else own)[segment_ids]
 
-    rollout_logprobs = torch.zeros(total)
-    rollout_logprobs[loss_mask] = torch.tensor([x for s in samples for x in s.rollout_logprobs])
-    lags = None
-    if any(s.lags is not None for s in samples):
-        lags = torch.zeros(total, dtype=torch.int64)
-        lags[loss_mask] = torch.tensor([x for s in samples for x in s.lags or ()], dtype=torch.int64)
-    return PackedBatch(
-        token_ids=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[:-1], *(0,) * n)]),
-        targets=torch.tensor([t for s, n in zip(samples, fillers) for t in (*s.token_ids[1:], *(0,) * n)]),
-        positions=torch.cat([torch.arange(n) for n in positions]),
-        segment_ids=segment_ids,
-        loss_mask=loss_mask,
-        cu_seqlens=torch.tensor([0, *positions]).cumsum(0).int(),
-        weights=spread(weights),
-        advantages=spread([s.advantage for s in samples]),
-        old_logprobs=torch.zeros(total),
-        rollout_logprobs=rollout_logprobs,
-        rollout_expert_ids=_joined_routes(samples, fillers),
-        lags=lags,
+    token_at = np.where(real, starts(sequences.counts("token_ids")) + positions, 0)
+    responses = np.append(columns.num_response, 0) if missing else columns.num_response
+    into = positions - (lengths - responses)[segment_ids]  # how far into its response the target of a position is
+    response_at = np.where(real & (into >= 0), starts(sequences.counts("loss_mask")) + into, 0)
+    mask = real & (into >= 0)
+    mask[mask] = sequences.loss_mask[response_at[mask]]
+    wrapped = positions % np.maximum(lengths, 1)[segment_ids]
+    position_at = starts(sequences.columns.positions) + wrapped
+    if missing and used:
+        position_at[used:] = position_at[np.arange(missing) % used]
+    batch = PackedBatch(
+        token_ids=_chosen(sequences.token_ids, token_at, real),
+        targets=_chosen(sequences.token_ids, token_at + 1, real),
+        positions=torch.from_numpy(positions),
+        segment_ids=torch.from_numpy(segment_ids),
+        loss_mask=torch.from_numpy(mask),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(filled)]).astype(np.int32)),
+        labels=torch.from_numpy(np.append(columns.labels, 0) if missing else columns.labels),
     )
+    sequence_at = (np.append(numbers, 0) if missing else numbers)[segment_ids]
+    places = (real, np.where(mask, response_at, 0), position_at, sequence_at)
+    return Packed(batch, *map(torch.from_numpy, places))
 
 
-def _response_mask(sample: Sample, filler: int) -> Tensor:
-    place = torch.arange(sample.positions + filler)
-    return (place >= sample.positions - sample.num_response) & (place < sample.positions)
+def _chosen(flat: NDArray[np.int32], at: NDArray[np.int64], real: NDArray[np.bool_]) -> Tensor:
+    """[T] int64, 0 where there is no token."""
+    out = np.zeros(len(at), np.int64)
+    out[real] = flat[at[real]]
+    return torch.from_numpy(out)
 
 
-def _joined_routes(samples: Sequence[Sample], fillers: Sequence[int]) -> Tensor | None:
-    routes = [s.expert_ids for s in samples if s.expert_ids is not None]
-    assert len(routes) in (0, len(samples)), "some sequences of a batch have routes, others none"
-    filled = [r for own, count in zip(routes, fillers) for r in (own, _filler_routes(own, count))]
-    return torch.cat(filled) if filled else None
+def _filled_up(length, multiple: int):
+    return -(-length // multiple) * multiple

@@ -7,25 +7,35 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mcore_rl.config import DiscriminatorConfig, RunConfig
 from mcore_rl.data.task import Task
 from mcore_rl.functional.discriminator import KINDS, Normaliser
+from mcore_rl.types import same_fields
 
 REAL, REJECTED, FAKE = range(len(KINDS))
 ENDLESS_TASK_SAMPLE = 64  # examples of a generated task that are checked before a run
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fake:
     """A generated response.
 
     Example:
-        >>> Fake(example=3, response=(7, 1)).response
-        (7, 1)
+        >>> Fake(example=3, response=(7, 1)).response.tolist()
+        [7, 1]
     """
 
     example: int  # index of its prompt in the task's training data
-    response: tuple[int, ...]
+    response: NDArray[np.int32]  # [T_resp]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "response", np.asarray(self.response, np.int32))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Fake) and same_fields(self, other)
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class DiscriminatorState:
         examples_seen: data cursor of the rejected examples.
         accuracy: held out, of the last measurement.
         normaliser: of the scores since the last update.
-        fresh: responses of this step, not trained on yet. buffer: of earlier steps.
+        fresh: responses of this step, not trained on yet. buffer: of earlier steps. Both on rank 0 only.
     """
 
     updates: int = 0
@@ -57,9 +67,8 @@ class DiscriminatorState:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> DiscriminatorState:
-        """The inverse of `dataclasses.asdict`."""
-        fakes = {name: tuple(Fake(**fake) for fake in state[name]) for name in ("fresh", "buffer")}
-        return cls(**{**state, **fakes, "normaliser": Normaliser(**state["normaliser"])})
+        """The inverse of `dataclasses.asdict`, without responses."""
+        return cls(**{**state, "normaliser": Normaliser(**state["normaliser"])})
 
     def remembered(self, buffer_size: int, rng: random.Random) -> DiscriminatorState:
         """With the fresh responses in the buffer. A full one loses any of its entries, so that old ones fade slowly."""
@@ -83,7 +92,7 @@ def draw_batch(
     batch = []
     for fake in fakes:
         real = task.real_example(fake.example)
-        batch += [Labelled(real.sequence, REAL), Labelled((*real.prompt, *fake.response), FAKE)]
+        batch += [Labelled(real.sequence, REAL), Labelled((*real.prompt, *fake.response.tolist()), FAKE)]
     end = state.examples_seen + pairs - num_fake
     for real in map(task.real_example, range(state.examples_seen, end)):
         prompt, response = rng.choice(real.rejected)

@@ -21,10 +21,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from mcore_rl.data.real_fake import DiscriminatorState
+from mcore_rl.data.stored_rollouts import read_rollouts, write_rollouts
 from mcore_rl.model.forward import Policy
 from mcore_rl.model.optimizer import Training, torch_optimizers
 from mcore_rl.parallel.groups import Groups
-from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, Trajectory
+from mcore_rl.types import BatchAhead, RolloutGroup
+
+ROLLOUTS = "rollouts.safetensors"  # in the folder of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,39 @@ class Progress:
     prompts_seen: int = 0  # data cursor: what the engine has been asked or the trainer has read
     policy_version: int = 0  # weight updates sent to the rollout engine
     kl_coef: float | None = None  # of the next step; PPO can adapt it
-    carried: tuple[RolloutGroup, ...] = ()  # scored groups that the last batch had no room for
+    carried: tuple[RolloutGroup, ...] = ()  # on rank 0: scored groups that the last batch had no room for
     discriminator: DiscriminatorState = DiscriminatorState()
     ahead: tuple[BatchAhead, ...] = ()  # of the next steps, in order
 
     def after_step(self, kl_coef: float) -> Progress:
         return replace(self, step=self.step + 1, policy_version=self.policy_version + 1, kl_coef=kl_coef)
 
+    def without_rollouts(self) -> Progress:
+        """As ranks that own no rollouts have it."""
+        ahead = tuple(replace(batch, groups=()) for batch in self.ahead)
+        return replace(self, carried=(), ahead=ahead, discriminator=replace(self.discriminator, fresh=(), buffer=()))
+
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Progress:
-        """The inverse of `dataclasses.asdict`: checkpoints hold plain values."""
-        return cls(
-            **state
-            | {
-                "carried": tuple(map(_group, state["carried"])),
-                "ahead": tuple(
-                    replace(BatchAhead(**b), groups=tuple(map(_group, b["groups"]))) for b in state["ahead"]
-                ),
-                "discriminator": DiscriminatorState.of(state["discriminator"]),
-            }
-        )
+        """The inverse of `dataclasses.asdict`, without rollouts: checkpoints hold plain values."""
+        ahead = tuple(BatchAhead(**batch) for batch in state["ahead"])
+        return cls(**{**state, "ahead": ahead, "discriminator": DiscriminatorState.of(state["discriminator"])})
+
+
+def write_progress(path: Path, progress: Progress) -> None:
+    """The rollouts that wait to be trained on; what else `progress` says is in the common state."""
+    state = progress.discriminator
+    groups = {"carried": progress.carried} | {f"ahead/{batch.step}": batch.groups for batch in progress.ahead}
+    write_rollouts(path, groups, {"fresh": state.fresh, "buffer": state.buffer})
+
+
+def read_progress(path: Path, progress: Progress) -> Progress:
+    """`progress` with the rollouts that `write_progress` wrote."""
+    groups, fakes = read_rollouts(path)
+    ahead = tuple(replace(batch, groups=groups[f"ahead/{batch.step}"]) for batch in progress.ahead)
+    return replace(
+        progress, carried=groups["carried"], ahead=ahead, discriminator=replace(progress.discriminator, **fakes)
+    )
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -87,7 +103,7 @@ def load_checkpoint(
     for name, model in (frozen or {}).items():
         if (newest / name).is_dir():
             _load_frozen(newest / name, model)
-    return progress[0]
+    return read_progress(newest / ROLLOUTS, progress[0]) if groups.rank == 0 else progress[0]
 
 
 def _load_frozen(folder: Path, model: Policy) -> None:
@@ -118,10 +134,6 @@ def _load(folder: Path, training: Training, groups: Groups) -> Progress:
         torch.set_rng_state(state["rng"]["torch"])
         get_cuda_rng_tracker().set_states(state["rng"]["model_parallel"])
     return Progress.of(state["progress"])
-
-
-def _group(state: Mapping[str, Any]) -> RolloutGroup:
-    return RolloutGroup(Prompt(**state["prompt"]), tuple(Trajectory(**t) for t in state["trajectories"]))
 
 
 def _settings(training: Training, groups: Groups) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Writing training checkpoints: beside and renamed, by a thread while training goes on where that is asked for.
 
-checkpoints/step_000040/    complete, or not there at all; a folder a model: policy/, critic/, reference/
+checkpoints/step_000040/    complete, or not there at all; a folder a model: policy/, critic/, reference/, and
+                            rollouts.safetensors, what waits to be trained on
 checkpoints/step_000050.tmp what is being written, or what a crash leaves; removed by the next save
 """
 
@@ -23,7 +24,16 @@ from transformers import AutoConfig
 
 from mcore_rl.config import CheckpointConfig
 from mcore_rl.launch import RunFailure, exit_code
-from mcore_rl.model.checkpoint import Progress, complete_steps, frozen_state, quiet, sharded_state, step_folder
+from mcore_rl.model.checkpoint import (
+    ROLLOUTS,
+    Progress,
+    complete_steps,
+    frozen_state,
+    quiet,
+    sharded_state,
+    step_folder,
+    write_progress,
+)
 from mcore_rl.model.forward import Policy
 from mcore_rl.model.heads import as_scorer
 from mcore_rl.model.optimizer import Training
@@ -94,7 +104,7 @@ class CheckpointWriter:
         self.wait()
         final = step_folder(self.folder, progress.step)
         with self._failing_everywhere(final):
-            on_rank_0(self.groups, lambda: self._make_room(final))
+            on_rank_0(self.groups, lambda: self._begin(final, progress))
             requests = [self._request(_partial(final) / name, t, progress) for name, t in self.trained.items()]
             requests += [_saving(frozen_state(model), _partial(final) / name) for name, model in self.frozen.items()]
             self._writing = _Writing(final, requests)
@@ -114,7 +124,8 @@ class CheckpointWriter:
             self._finish()
 
     def _request(self, folder: Path, training: Training, progress: Progress) -> AsyncRequest:
-        return _saving(sharded_state(training, self.groups, loading=False) | {"progress": asdict(progress)}, folder)
+        state = sharded_state(training, self.groups, loading=False)
+        return _saving(state | {"progress": asdict(progress.without_rollouts())}, folder)
 
     def _finish(self) -> None:
         writing, self._writing = self._writing, None
@@ -126,6 +137,10 @@ class CheckpointWriter:
                     finalise()
             dist.barrier()
             on_rank_0(self.groups, lambda: self._publish(writing.final))
+
+    def _begin(self, final: Path, progress: Progress) -> None:
+        self._make_room(final)
+        write_progress(_partial(final) / ROLLOUTS, progress)
 
     def _make_room(self, final: Path) -> None:
         for leftover in self.folder.glob("*.tmp"):

@@ -166,7 +166,7 @@ def _passage(model: Model, batch: PackedBatch, statistics: bool = False) -> Pass
     if batch.expert_ids is not None:
         return model.routers.replay(batch.expert_ids, rows, statistics=statistics)
     total, device = batch.token_ids.numel(), batch.token_ids.device
-    return model.routers.record(total, rows, statistics=statistics, observed=batch.shift_ids, device=device)
+    return model.routers.record(total, rows, statistics=statistics, observed=batch.observed_ids, device=device)
 
 
 def _run(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mcore_rl.launch import RunFailure, exit_code
@@ -41,6 +43,13 @@ def on_rank_0(groups: Groups, work: Callable[[], T]) -> T:
     if not ok:
         raise RunFailure(exit_code(value)) from value
     return value
+
+
+def on_rank_0_only(groups: Groups, work: Callable[[], T]) -> T | None:
+    """Run `work` on rank 0, whose result it stays; None elsewhere. Raises as `on_rank_0`."""
+    made: list[T] = []
+    on_rank_0(groups, lambda: made.append(work()))
+    return made[0] if made else None
 
 
 def _sendable(error: Exception) -> Exception:
@@ -90,3 +99,84 @@ def gather_objects(groups: Groups, value: T) -> list[T]:
     everyone: list = [None] * groups.world_size
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def on_every_rank(groups: Groups, work: Callable[[], T]) -> list[T]:
+    """Run `work` on every rank; the (picklable) results of all, on every rank.
+
+    Raises:
+        Exception: whatever `work` raised, on the first rank where it did.
+        RunFailure: on the other ranks, so that none waits for one that has failed.
+    """
+    failure = None
+    try:
+        outcome = (True, work())
+    except Exception as error:  # noqa: BLE001  raised again below
+        failure, outcome = error, (False, _sendable(error))
+    everyone = gather_objects(groups, outcome)
+    failed = next((i for i, (ok, _) in enumerate(everyone) if not ok), None)
+    if failed is None:
+        return [value for _, value in everyone]
+    if failed == groups.rank:
+        raise failure
+    raise RunFailure(exit_code(everyone[failed][1])) from everyone[failed][1]
+
+
+def send_flat(
+    groups: Groups,
+    given: Callable[[int], Mapping[str, NDArray]],
+    sizes: Sequence[Mapping[str, int]],
+    into: Mapping[str, NDArray],
+    asked_by: Sequence[int],
+) -> None:
+    """Flat arrays from the ranks that have them to the ranks that want them, over the hosts' memory. Collective.
+
+    One rank is served after the other, so that an owner holds one copy at a time; what a rank receives lies in its
+    arrays in the order of the owners' ranks.
+
+    Args:
+        given: what this rank sends to a rank, by the name of an array.
+        sizes: [owner] entries that this rank receives from each owner, by the name of an array.
+        into: the arrays that are filled.
+        asked_by: ranks to which this rank has something to send.
+    """
+    ends = dict.fromkeys(into, 0)
+    places: dict[int, dict[str, NDArray]] = {}
+    for owner, counts in enumerate(sizes):
+        places[owner] = {name: into[name][ends[name] : ends[name] + counts[name]] for name in into}
+        ends = {name: ends[name] + counts[name] for name in into}
+    waiting = [
+        dist.irecv(_bytes(view), owner, group=groups.host, tag=tag)
+        for owner, views in places.items()
+        if owner != groups.rank
+        for tag, view in enumerate(views.values())
+        if view.size
+    ]
+    for rank in asked_by:
+        arrays = given(rank)
+        if rank == groups.rank:
+            for name, view in places[rank].items():
+                view[...] = arrays[name]
+            continue
+        sent = [
+            dist.isend(_bytes(np.ascontiguousarray(arrays[name])), rank, group=groups.host, tag=tag)
+            for tag, name in enumerate(into)
+            if arrays[name].size
+        ]
+        for work in sent:
+            work.wait()
+    for work in waiting:
+        work.wait()
+
+
+def _bytes(array: NDArray) -> Tensor:
+    """Its memory."""
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+
+
+def sum_arrays(groups: Groups, array: NDArray[np.float64], *, contributes: bool = True) -> NDArray[np.float64]:
+    """The sum over the ranks that contribute of arrays of one shape, on every rank."""
+    total = torch.from_numpy(array if contributes else np.zeros_like(array)).clone()
+    if groups.world_size > 1:
+        dist.all_reduce(total, group=groups.host)
+    return total.numpy()

@@ -49,6 +49,7 @@ class Groups:
     edp: dist.ProcessGroup
     model: dist.ProcessGroup
     world: dist.ProcessGroup
+    host: dist.ProcessGroup  # gloo, of all ranks: what is in the host's memory
     megatron: Mapping[str, Any] = field(repr=False)  # what Megatron's parallel_state holds while it works in them
 
     @property
@@ -66,7 +67,7 @@ class Groups:
     @property
     def reports(self) -> bool:
         """Whether this is the one of the ranks that share micro-batches whose results count."""
-        return self.is_pipeline_last and self.coords.tp == 0 and self.coords.cp == 0
+        return self.layout.reports(self.rank)
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -106,7 +107,9 @@ def init(layout: ParallelLayout, timeout_s: float, seed: int) -> Groups:
     stage_seed = seed + 100 * layout.coords(dist.get_rank()).pp
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
-    return _groups(layout, device)
+    on_host = device.type == "cpu"
+    host = dist.group.WORLD if on_host else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return _groups(layout, device, host)
 
 
 def another(groups: Groups, layout: ParallelLayout, timeout_s: float) -> Groups:
@@ -124,7 +127,7 @@ def another(groups: Groups, layout: ParallelLayout, timeout_s: float) -> Groups:
             parallel_state.initialize_model_parallel(
                 **layout.megatron_sizes, distributed_timeout_minutes=timeout_s / 60
             )
-        return _groups(layout, groups.device)
+        return _groups(layout, groups.device, groups.host)
     finally:
         vars(parallel_state).update(first)
 
@@ -237,7 +240,7 @@ def _join(device: torch.device, timeout_s: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def _groups(layout: ParallelLayout, device: torch.device) -> Groups:
+def _groups(layout: ParallelLayout, device: torch.device, host: dist.ProcessGroup) -> Groups:
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -253,6 +256,7 @@ def _groups(layout: ParallelLayout, device: torch.device) -> Groups:
         edp=parallel_state.get_expert_data_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
         world=dist.group.WORLD,
+        host=host,
         megatron=_megatron_state(),
     )
 

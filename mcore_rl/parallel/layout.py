@@ -114,6 +114,16 @@ class ParallelLayout:
         """Packed batches are as long as a multiple of this: sequence parallelism cuts a context rank's share again."""
         return math.lcm(self.segment_multiple, self.cp * self.tp)
 
+    def reports(self, rank: int) -> bool:
+        """Whether a rank is the one of those that share micro-batches whose results count."""
+        at = self.coords(rank)
+        return at.pp == self.pp - 1 and at.tp == 0 and at.cp == 0
+
+    @property
+    def reporters(self) -> list[int]:
+        """The data-parallel rank of each rank that reports, in the order of the ranks."""
+        return [self.coords(rank).dp for rank in range(self.world_size) if self.reports(rank)]
+
     def coords(self, rank: int) -> RankCoords:
         """Position of a global rank. Raises ValueError outside 0..world_size-1."""
         if not 0 <= rank < self.world_size:

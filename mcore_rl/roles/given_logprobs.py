@@ -10,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from mcore_rl.data.sequences import Sequences
 from mcore_rl.planning.plan import Plan
-from mcore_rl.types import PackedBatch
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt")
 
@@ -37,28 +39,21 @@ class GivenLogprobs:
 
     rows: Mapping[bytes, Tensor]
 
-    def of(self, batch: PackedBatch) -> Tensor:
-        """[T], 0 where nothing was sampled."""
-        out = torch.zeros(batch.token_ids.numel())
-        for tokens, places in sequences(batch):
-            out[places] = self.rows[digest_of(tokens, len(places))]
-        return out.to(batch.token_ids.device)
+    def of(self, sequences: Sequences) -> Tensor:
+        """[response tokens] of the sequences."""
+        found = [self.rows[digest] for digest in digests_of(sequences)]
+        return torch.cat(found) if found else torch.zeros(0)
 
 
-def sequences(batch: PackedBatch) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens, places of the response tokens in the batch) of every sequence that has any."""
-    token_ids, targets, mask = (x.cpu() for x in (batch.token_ids, batch.targets, batch.loss_mask))
-    bounds = batch.cu_seqlens.tolist()
-    for a, b in zip(bounds, bounds[1:]):
-        places = a + mask[a:b].nonzero()[:, 0]
-        if len(places):
-            end = int(places[-1]) + 1  # what follows fills the segment up
-            yield torch.cat([token_ids[a:end], targets[end - 1 : end]]), places
+def digests_of(sequences: Sequences) -> list[bytes]:
+    """Of every sequence."""
+    responses = sequences.columns.num_response.tolist()
+    return [digest_of(tokens, n) for tokens, n in zip(sequences.split("token_ids"), responses, strict=True)]
 
 
-def digest_of(tokens: Tensor, num_response: int) -> bytes:
+def digest_of(tokens: NDArray[np.int32], num_response: int) -> bytes:
     """16 bytes that name a sequence."""
-    content = tokens.int().numpy().tobytes() + num_response.to_bytes(4, "little")
+    content = np.ascontiguousarray(tokens, np.int32).tobytes() + num_response.to_bytes(4, "little")
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from mcore_rl.algorithms.base import Algorithm
 from mcore_rl.data.task import Task
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams, Trajectory
 
+T = TypeVar("T")
 Reward = Callable[[Prompt, Trajectory], float]
-Rollout = Callable[[Sequence[Prompt], int], Sequence[RolloutGroup]]
+Rollout = Callable[[int, int], Sequence[RolloutGroup]]
+Agreed = Callable[[Callable[[], T]], T]
 
 
 @dataclass(frozen=True)
 class Collected:
-    """One step's rollouts.
+    """One step's rollouts, on the rank that has them; elsewhere only `generations` and `num_drawn` say something.
 
     Attributes:
         groups: scored and shaped, what the step trains on; the carried ones of the step before come first.
@@ -37,8 +41,8 @@ class Collected:
 
 def collect(
     rollout: Rollout,
-    task: Task,
     algorithm: Algorithm,
+    agreed: Agreed,
     *,
     cursor: int,
     num_prompts: int,
@@ -47,14 +51,15 @@ def collect(
     carried: Sequence[RolloutGroup] = (),
     max_rounds: int = 10,
 ) -> Collected:
-    """Sample until `num_prompts` groups pass `algorithm.keep`. Called on every rank, with the same result.
+    """Sample until `num_prompts` groups pass `algorithm.keep`. Called on every rank.
 
     What is rolled out here is of the engine's present policy version; the first round and the carried groups say in
     `policy_version` how old they are. There is at least one round, as fewer groups are carried than a batch takes: none
-    is ever carried twice.
+    is ever carried twice. One rank has the groups, and decides.
 
     Args:
-        rollout: groups with raw rewards, on every rank, of some prompts and a seed.
+        rollout: groups with raw rewards of the prompts from an index on and a seed; called on every rank.
+        agreed: what a function says on the rank that has the groups, on every rank.
         cursor: index of the next training prompt.
         seed: of this step; every round of refilling derives its own.
         first: the first round, where it has been sampled already, with raw rewards.
@@ -65,16 +70,19 @@ def collect(
         ValueError: `max_rounds` generations did not fill the batch, or the reward function failed.
         RolloutError: the engine died.
     """
-    kept, sampled, drawn = [], [], 0
+    kept: list[RolloutGroup] = []
+    sampled: list[RolloutGroup] = []
+    drawn = 0
     for round_ in range(max_rounds):
-        groups = first if round_ == 0 else ()
-        if not groups:
-            groups = rollout([task.train_prompt(cursor + drawn + i) for i in range(num_prompts)], seed + round_)
+        if round_ == 0 and agreed(lambda: bool(first)):
+            groups = first
+        else:
+            groups = rollout(cursor + drawn, seed + round_)
             drawn += num_prompts
         sampled += groups
         kept += [_shape(g, algorithm) for g in groups if algorithm.keep(g)]
         ready = [*carried, *kept]
-        if len(ready) >= num_prompts:
+        if agreed(partial(_is_full, ready, num_prompts)):
             surplus = ready[num_prompts:] if algorithm.carry_surplus else []
             return Collected(
                 groups=tuple(ready[:num_prompts]),
@@ -84,9 +92,18 @@ def collect(
                 generations=round_ + 1,
                 num_drawn=drawn,
             )
+    agreed(partial(_give_up, max_rounds, num_prompts, len(kept)))
+    raise AssertionError("unreachable: the rank that has the groups gave up")
+
+
+def _is_full(ready: Sequence[RolloutGroup], num_prompts: int) -> bool:
+    return len(ready) >= num_prompts
+
+
+def _give_up(rounds: int, num_prompts: int, num_kept: int) -> None:
     raise ValueError(
-        f"{max_rounds} generations of {num_prompts} prompts kept only {len(kept)} groups: the reward tells the "
-        "responses of too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
+        f"{rounds} generations of {num_prompts} prompts kept only {num_kept} groups: the reward tells the responses of "
+        "too few prompts apart; use easier or harder prompts, or an algorithm without group filtering"
     )
 
 

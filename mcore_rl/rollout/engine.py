@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -149,44 +151,45 @@ def load_decoder(model_path: str) -> Decoder | None:
 class Sampled:
     """One response as an engine returns it."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]  # as many
     finish_reason: str
-    token_versions: tuple[int, ...]
+    token_versions: NDArray[np.int32]  # as many
     expert_ids: Tensor | None = None  # [T-1, L, K]
 
 
-def token_versions(spans: Sequence[tuple[str, int, int]] | None, num_tokens: int) -> tuple[int, ...]:
+def token_versions(spans: Sequence[tuple[str, int, int]] | None, num_tokens: int) -> NDArray[np.int32]:
     """The weight version of each token, from vLLM's (label, start, end) of a response.
 
     Raises:
         RolloutError: there are none, or labels that no trainer of ours has set.
 
     Example:
-        >>> token_versions([("3", 0, 2), ("4", 2, 5)], 5)
-        (3, 3, 4, 4, 4)
+        >>> token_versions([("3", 0, 2), ("4", 2, 5)], 5).tolist()
+        [3, 3, 4, 4, 4]
     """
-    versions = [label for label, start, end in spans or () for _ in range(start, end)]
-    if len(versions) != num_tokens or not all(label.isdigit() for label in versions):
+    spans = spans or ()
+    lengths = [end - start for _, start, end in spans]
+    if sum(lengths) != num_tokens or not all(label.isdigit() for label, _, _ in spans):
         raise RolloutError(f"the engine says of a response of {num_tokens} tokens that its weights were {spans}")
-    return tuple(map(int, versions))
+    return np.repeat(np.array([int(label) for label, _, _ in spans], np.int32), lengths)
 
 
 def make_group(prompt: Prompt, responses: Sequence[Sampled], decode: Decoder | None) -> RolloutGroup:
     """The unscored group of one prompt; texts are empty without a tokenizer."""
     texts = decode([r.token_ids for r in responses]) if decode else [""] * len(responses)
+    prompt_ids = np.array(prompt.token_ids, np.int32)
     return RolloutGroup(
         prompt,
         tuple(
             Trajectory(
-                prompt_ids=prompt.token_ids,
+                prompt_ids=prompt_ids,
                 response_ids=response.token_ids,
                 rollout_logprobs=response.logprobs,
                 finish_reason=response.finish_reason,
-                policy_version=response.token_versions[0],
+                versions=response.token_versions,
                 text=text,
-                expert_ids=response.expert_ids,
-                mixed_versions=response.token_versions if len(set(response.token_versions)) > 1 else None,
+                expert_ids=None if response.expert_ids is None else response.expert_ids.numpy(),
             )
             for response, text in zip(responses, texts, strict=True)
         ),

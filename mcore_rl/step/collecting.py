@@ -1,22 +1,21 @@
-"""The collecting phase: rollouts on rank 0, their rewards, and the samples they become. Called on every rank."""
+"""The collecting phase: rollouts on rank 0, their rewards, and the sequences they become. Called on every rank."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import torch
 
-from mcore_rl.data.packing import Sample, samples_of
-from mcore_rl.launch import RunFailure, exit_code
+from mcore_rl.data.sequences import Sequences, sequences_of
 from mcore_rl.model.checkpoint import Progress
-from mcore_rl.parallel.collectives import on_rank_0
+from mcore_rl.parallel.collectives import on_rank_0, on_rank_0_only
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan, rollout_sampling
 from mcore_rl.roles.models import Models
-from mcore_rl.rollout.ahead import RolloutsAhead
+from mcore_rl.rollout.ahead import Generated, RolloutsAhead
 from mcore_rl.rollout.collect import Collected, collect, score, without_answer
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.step.batches import Metrics, step_seed
@@ -35,12 +34,18 @@ def start_rollouts(plan: Plan, groups: Groups, rollouts: RolloutsAhead | None, d
     next_step = done.ahead[-1].step + 1 if done.ahead else done.step
     for step in range(next_step, min(done.step + config.rollout.max_staleness + 1, config.steps)):
         batch, count = BatchAhead(step, done.prompts_seen), config.batch.prompts_per_step
-        with same_on_every_rank(groups):
-            prompts = [plan.task.train_prompt(batch.first_prompt + i) for i in range(count)]
-        if rollouts is not None:
-            rollouts.start(step, prompts, step_seed(config, step))
+        on_rank_0(groups, lambda b=batch: rollouts.start(b.step, prompts_from(plan, b.first_prompt), seed_of(plan, b)))
         done = replace(done, prompts_seen=done.prompts_seen + count, ahead=(*done.ahead, batch))
     return done
+
+
+def prompts_from(plan: Plan, first: int) -> list[Prompt]:
+    """The training prompts of one batch."""
+    return [plan.task.train_prompt(first + i) for i in range(plan.config.batch.prompts_per_step)]
+
+
+def seed_of(plan: Plan, batch: BatchAhead) -> int:
+    return step_seed(plan.config, batch.step)
 
 
 def finish_rollouts(plan: Plan, groups: Groups, rollouts: RolloutsAhead | None) -> None:
@@ -50,59 +55,61 @@ def finish_rollouts(plan: Plan, groups: Groups, rollouts: RolloutsAhead | None) 
 
 
 def with_rollouts(groups: Groups, rollouts: RolloutsAhead | None, done: Progress) -> Progress:
-    """`done` for a checkpoint: with all that was asked for, which is waited for, but the answers."""
+    """`done` for a checkpoint: on rank 0 with all that was asked for, which is waited for, but the answers."""
     if not done.ahead:
         return done
-    batches = on_rank_0(groups, lambda: rollouts.finish())
-    ahead = (replace(b, groups=tuple(map(without_answer, batches[b.step]))) for b in done.ahead)
+    batches: dict[int, tuple[RolloutGroup, ...]] = {}
+    on_rank_0(groups, lambda: batches.update(rollouts.finish()))
+    ahead = (replace(b, groups=tuple(map(without_answer, batches.get(b.step, ())))) for b in done.ahead)
     return replace(done, ahead=tuple(ahead))
 
 
 def collect_rollouts(
     plan: Plan, groups: Groups, models: Models, rollouts: RolloutsAhead | None, done: Progress
-) -> tuple[list[Sample], Progress, Metrics]:
-    """This step's samples, where the next step begins to collect, and metrics."""
-    config, version = plan.config, done.policy_version
+) -> tuple[Sequences, Progress, Metrics]:
+    """This step's sequences, on rank 0, where the next step begins to collect, and metrics."""
+    version, bound = done.policy_version, plan.config.rollout.max_staleness
     batch, *ahead = done.ahead
     refills: list[float] = []
     state, judged = done.discriminator, {}
 
     def rewarded(found: list[RolloutGroup], first_prompt: int) -> list[RolloutGroup]:
         nonlocal state, judged
+        on_rank_0(groups, lambda: found.__setitem__(slice(None), [score(g, plan.reward) for g in found]))
         if models.discriminator is not None:
             found, state, judged = judge(plan, groups, models.discriminator, found, state, first_prompt)
         return found if models.reward_model is None else model_rewards(plan, groups, models.reward_model, found)
 
-    def rollout(prompts: Sequence[Prompt], seed: int) -> list[RolloutGroup]:
-        first_prompt, start = done.prompts_seen + len(refills) * len(prompts), time.perf_counter()
-        found = on_rank_0(groups, lambda: [score(g, plan.reward) for g in rollouts.now(prompts, seed)])
+    def rollout(first_prompt: int, seed: int) -> list[RolloutGroup]:
+        start, found = time.perf_counter(), []
+        on_rank_0(groups, lambda: found.extend(rollouts.now(prompts_from(plan, first_prompt), seed)))
         refills.append(time.perf_counter() - start)
         return rewarded(found, first_prompt)
 
-    generated = on_rank_0(groups, lambda: rollouts.take(batch.step))
-    scored = on_rank_0(groups, lambda: [score(g, plan.reward) for g in generated.groups])
-    scored = rewarded(scored, batch.first_prompt)
-    bound = config.rollout.max_staleness
+    generated = on_rank_0_only(groups, lambda: rollouts.take(batch.step))
+    scored = rewarded(list(generated.groups) if generated else [], batch.first_prompt)
     first = [g for g in scored if age(g, version) <= bound]
     # what a batch has no room for is at least one update old when its turn comes, in the synchronous loop too
     carried = [g for g in done.carried if age(g, version) <= max(bound, 1)]
-    with same_on_every_rank(groups):
-        collected = collect(
-            rollout,
-            plan.task,
-            plan.algorithm,
-            cursor=done.prompts_seen,
-            num_prompts=config.batch.prompts_per_step,
-            seed=step_seed(config, done.step),
-            first=first,
-            carried=carried,
-        )
-    metrics = rollout_metrics(collected, version, generated.seconds + sum(refills))
-    metrics |= judged | staleness(collected, version)
-    metrics["rollout/dropped_groups"] = len(scored) - len(first) + len(done.carried) - len(carried)
-    metrics["rollout/generate_s"] = generated.seconds
-    if generated.seconds > 0:
-        metrics["rollout/overlap_frac"] = generated.overlap_s / generated.seconds
+    collected = collect(
+        rollout,
+        plan.algorithm,
+        partial(on_rank_0, groups),
+        cursor=done.prompts_seen,
+        num_prompts=plan.config.batch.prompts_per_step,
+        seed=step_seed(plan.config, done.step),
+        first=first,
+        carried=carried,
+    )
+    dropped = len(scored) - len(first) + len(done.carried) - len(carried)
+    metrics = on_rank_0(
+        groups,
+        lambda: rollout_metrics(collected, version, generated.seconds + sum(refills))
+        | judged
+        | staleness(collected, version)
+        | {"rollout/dropped_groups": dropped}
+        | generation_metrics(generated),
+    )
     after = replace(
         done,
         prompts_seen=done.prompts_seen + collected.num_drawn,
@@ -110,18 +117,15 @@ def collect_rollouts(
         ahead=tuple(ahead),
         discriminator=state,
     )
-    return samples_of(collected.groups, plan.algorithm, version if bound > 0 else None), after, metrics
+    return sequences_of(collected.groups, plan.algorithm, version if bound > 0 else None), after, metrics
 
 
-@contextmanager
-def same_on_every_rank(groups: Groups) -> Iterator[None]:
-    """A ValueError in here is raised on every rank, and told by one."""
-    try:
-        yield
-    except ValueError as error:
-        if groups.rank == 0:
-            raise
-        raise RunFailure(exit_code(error)) from error
+def generation_metrics(generated: Generated) -> Metrics:
+    """Of the first round, which may have been generated ahead."""
+    metrics = {"rollout/generate_s": generated.seconds}
+    if generated.seconds > 0:  # else it comes from a checkpoint
+        metrics["rollout/overlap_frac"] = generated.overlap_s / generated.seconds
+    return metrics
 
 
 def age(group: RolloutGroup, policy_version: int) -> int:
@@ -130,11 +134,18 @@ def age(group: RolloutGroup, policy_version: int) -> int:
 
 
 def answers(
-    plan: Plan, groups: Groups, engine: RolloutEngine | None, prompts: Sequence[Prompt], seed: int
+    plan: Plan, groups: Groups, engine: RolloutEngine | None, first_prompt: int, seed: int
 ) -> list[RolloutGroup]:
-    """Responses of the engine's present policy with what the reward function says of them, on every rank."""
-    params = rollout_sampling(plan.config)
-    return on_rank_0(groups, lambda: [score(g, plan.reward) for g in engine.generate(prompts, params, seed=seed)])
+    """Responses of the engine's present policy with what the reward function says of them, on rank 0."""
+    found: list[RolloutGroup] = []
+
+    def ask() -> None:
+        prompts = prompts_from(plan, first_prompt)
+        generated = engine.generate(prompts, rollout_sampling(plan.config), seed=seed)
+        found.extend(score(g, plan.reward) for g in generated)
+
+    on_rank_0(groups, ask)
+    return found
 
 
 def rollout_metrics(collected: Collected, policy_version: int, seconds: float) -> Metrics:
@@ -163,10 +174,9 @@ def rollout_metrics(collected: Collected, policy_version: int, seconds: float) -
 
 def staleness(collected: Collected, policy_version: int) -> Metrics:
     """Weight updates since they were sampled, over the response tokens that are trained on."""
-    tokens = (v for g in collected.groups for t in g.trajectories for v in t.token_versions)
-    lags = policy_version - torch.tensor(list(tokens), dtype=torch.float64)
+    lags = policy_version - np.concatenate([t.versions for g in collected.groups for t in g.trajectories])
     return {
-        "staleness/mean": lags.mean().item(),
-        "staleness/max": lags.max().item(),
-        "staleness/stale_tokens_frac": (lags > 0).double().mean().item(),
+        "staleness/mean": float(lags.mean()),
+        "staleness/max": float(lags.max()),
+        "staleness/stale_tokens_frac": float((lags > 0).mean()),
     }

@@ -12,16 +12,17 @@ from dataclasses import replace
 
 from mcore_rl.algorithms.gapo import GAPO
 from mcore_rl.config import RunConfig
-from mcore_rl.data.packing import Sample
-from mcore_rl.data.real_fake import DiscriminatorState, Labelled, draw_batch
+from mcore_rl.data.real_fake import DiscriminatorState, draw_batch
+from mcore_rl.data.sequences import Sequences
 from mcore_rl.functional.discriminator import KINDS, Normaliser
 from mcore_rl.model.checkpoint import Progress
+from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan
 from mcore_rl.roles.models import Models
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.transfer.transfer import WeightTransfer
-from mcore_rl.step.batches import Metrics, pack_parts, step_seed
+from mcore_rl.step.batches import Metrics, bare, deal, packed, step_seed
 from mcore_rl.step.collecting import answers
 from mcore_rl.step.judging import judge, scored_sample
 from mcore_rl.step.syncing import rest_engine, sync_weights
@@ -48,9 +49,8 @@ def warm_up_discriminator(
         return done, metrics
     target, count = config.discriminator.warmup_accuracy, config.batch.prompts_per_step
     for round_ in range(config.discriminator.warmup_rounds):
-        prompts = [plan.task.train_prompt(done.prompts_seen + i) for i in range(count)]
-        rollouts = answers(plan, groups, engine, prompts, step_seed(config, 0) + WARMUP_SEEDS + round_)
         seen = done.prompts_seen
+        rollouts = answers(plan, groups, engine, seen, step_seed(config, 0) + WARMUP_SEEDS + round_)
         _, state, metrics = judge(plan, groups, models.discriminator, rollouts, done.discriminator, seen)
         metrics["discriminator/warmup_rounds"] = round_ + 1
         rest_engine(plan, groups, engine)
@@ -86,21 +86,28 @@ def learn(
     """
     if updates == 0:
         return state, {}
-    config, parts = plan.config.discriminator, []
-    after = state
-    for i in range(updates):
-        rng = random.Random(f"discriminator/{plan.config.seed}/{state.updates + i}")
-        batch, after = draw_batch(plan.task, after, config, rng)
-        parts.append([sample_of(x) for x in batch])
+    config, drawn = plan.config.discriminator, []
+
+    def draw() -> int:
+        after = state
+        for i in range(updates):
+            rng = random.Random(f"discriminator/{plan.config.seed}/{state.updates + i}")
+            batch, after = draw_batch(plan.task, after, config, rng)
+            drawn.extend(scored_sample(x.token_ids, x.kind) for x in batch)
+        return after.examples_seen
+
+    examples_seen = on_rank_0(groups, draw)
     algorithm: GAPO = plan.algorithm
     unit = 2 if algorithm.discriminator_objective == "bradley_terry" else 1
-    mini_batches = pack_parts(plan, groups, parts, unit)
+    share = deal(plan, groups, Sequences.of(drawn), [config.batch_size] * updates, unit)
+    mini_batches = [bare(packed(groups, share.mine, parts)) for parts in share.mini_batches]
     loss = discriminator_loss(algorithm, config.batch_size)
     training = models.trained["discriminator"]
     metrics = optimise(groups, training, models.discriminator, mini_batches, loss, "discriminator")
     of_kinds = {name: metrics.pop(name) for name in list(metrics) if name.split("/")[0] in KINDS}
     renamed = {f"discriminator/train_{name.replace('/', '_')}": x for name, x in of_kinds.items()}
-    return replace(after, updates=state.updates + updates, normaliser=Normaliser()), metrics | renamed
+    after = replace(state, updates=state.updates + updates, examples_seen=examples_seen, normaliser=Normaliser())
+    return after, metrics | renamed
 
 
 def remember(config: RunConfig, state: DiscriminatorState, prompts_seen: int) -> DiscriminatorState:
@@ -109,17 +116,12 @@ def remember(config: RunConfig, state: DiscriminatorState, prompts_seen: int) ->
     return state.remembered(config.discriminator.buffer_size, rng)
 
 
-def sample_of(labelled: Labelled) -> Sample:
-    """Its kind travels in the place of its advantage."""
-    return scored_sample(labelled.token_ids, float(labelled.kind))
-
-
 def discriminator_loss(algorithm: GAPO, num_sequences: int) -> Callable[[PackedBatch, PolicyOutput], LossOutput]:
     """The share that a micro-batch has in the loss of `num_sequences`, the whole mini-batch."""
 
     def loss(batch: PackedBatch, out: PolicyOutput) -> LossOutput:
         scores = out.values[batch.loss_mask]
-        kinds = batch.advantages[batch.loss_mask].long()
+        kinds = batch.labels[batch.segment_ids[batch.loss_mask]]
         return algorithm.discriminator_loss(scores, kinds, scores.new_full(scores.shape, 1 / num_sequences))
 
     return loss

@@ -12,8 +12,8 @@ from mcore_rl.planning.plan import Plan, rollout_sampling
 from mcore_rl.roles.models import Models
 from mcore_rl.rollout.collect import evaluate as evaluate_policy
 from mcore_rl.rollout.engine import RolloutEngine
-from mcore_rl.step.batches import Metrics, pack_parts, pair_samples
-from mcore_rl.step.scoring import score_old
+from mcore_rl.step.batches import Metrics, deal, on_rank_0_alone, pair_samples
+from mcore_rl.step.scoring import score
 from mcore_rl.step.updating import add
 
 
@@ -35,7 +35,8 @@ def pairs_ranked(plan: Plan, groups: Groups, models: Models) -> Metrics:
     algorithm = plan.algorithm
     pairs = plan.task.eval_pairs(plan.config.evaluate.prompts)
     samples = [s for pair in pairs for s in pair_samples(pair)]
-    ((batches,), _) = score_old(plan, groups, models, pack_parts(plan, groups, [samples], algorithm.unit))
+    share = deal(plan, groups, on_rank_0_alone(groups, samples), unit=algorithm.unit)
+    ((batches,), _) = score(plan, groups, models, share)
     sums: Metrics = {}
     for batch, out in zip(batches, forward_only(models.policy, batches)):
         add(sums, algorithm.loss(batch, out).metrics)

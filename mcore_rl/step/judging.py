@@ -5,46 +5,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mcore_rl.algorithms.gapo import GAPO
-from mcore_rl.data.packing import Sample
 from mcore_rl.data.real_fake import REAL, REJECTED, DiscriminatorState, Fake, held_out
+from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.functional.discriminator import Normaliser, auc, labelled, length_only_auc, separation
 from mcore_rl.model.forward import Scorer, forward_only
-from mcore_rl.parallel.collectives import sum_over_ranks
+from mcore_rl.parallel.collectives import sum_arrays
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan
-from mcore_rl.step.batches import Metrics, pack_parts
+from mcore_rl.step.batches import Metrics, bare, deal, flat_responses, full_batches
 from mcore_rl.types import RolloutGroup
 
 
-def sequence_scores(
-    plan: Plan, groups: Groups, scorer: Scorer, sequences: Sequence[tuple[int, ...]]
-) -> list[float]:
-    """What a model with a score head says at the last token of each sequence, on every rank."""
-    # the number of a sequence travels in the place of its advantage, whatever bin it is packed into
-    samples = [scored_sample(sequence, float(i)) for i, sequence in enumerate(sequences)]
-    (batches,) = pack_parts(plan, groups, [samples])
-    mine = {}
-    for batch, out in zip(batches, forward_only(scorer, batches)):
-        numbers = batch.advantages[batch.loss_mask].long().tolist()
-        mine |= zip(map(str, numbers), out.values[batch.loss_mask].tolist())
-    scores = sum_over_ranks(groups, mine, contributes=groups.reports)
-    return [scores[str(i)] for i in range(len(sequences))]
+def sequence_scores(plan: Plan, groups: Groups, scorer: Scorer, sequences: Sequence[NDArray]) -> Tensor:
+    """[N] float64, what a model with a score head says at the last token of each sequence, on every rank. Collective.
+
+    Args:
+        sequences: token ids [n] of each, on rank 0; elsewhere none.
+    """
+    share = deal(plan, groups, Sequences.of([scored_sample(tokens) for tokens in sequences]))
+    batches = full_batches(plan, groups, share)
+    mine = flat_responses(share, batches, [o.values for o in forward_only(scorer, bare(batches))])
+    scores = np.zeros(len(share.columns))
+    scores[share.of_ranks[groups.coords.dp]] = mine.double().cpu().numpy()
+    return torch.from_numpy(sum_arrays(groups, scores, contributes=groups.reports))
 
 
-def scored_sample(sequence: tuple[int, ...], label: float) -> Sample:
+def scored_sample(sequence: ArrayLike, label: int = 0) -> Sample:
     """A sequence whose one position with a mask is its last token: the token 0 behind it is a target, never read."""
-    return Sample((*sequence, 0), 1, label, (0.0,))
+    return Sample(np.append(sequence, 0), 1, label=label)
 
 
 def model_rewards(
     plan: Plan, groups: Groups, reward_model: Scorer, rollouts: Sequence[RolloutGroup]
 ) -> list[RolloutGroup]:
-    """The groups with the reward model's scores for rewards; what the rule said stays as `rule_reward`."""
-    return rewarded(rollouts, sequence_scores(plan, groups, reward_model, sequences_of(rollouts)))
+    """The groups, on rank 0, with the reward model's scores for rewards; what the rule said stays as `rule_reward`."""
+    scores = sequence_scores(plan, groups, reward_model, token_ids_of(rollouts))
+    return rewarded(rollouts, scores.tolist())
 
 
 def rewarded(groups: Sequence[RolloutGroup], rewards: Sequence[float]) -> list[RolloutGroup]:
@@ -56,8 +58,8 @@ def rewarded(groups: Sequence[RolloutGroup], rewards: Sequence[float]) -> list[R
     ]
 
 
-def sequences_of(groups: Sequence[RolloutGroup]) -> list[tuple[int, ...]]:
-    return [(*t.prompt_ids, *t.response_ids) for g in groups for t in g.trajectories]
+def token_ids_of(groups: Sequence[RolloutGroup]) -> list[NDArray[np.int32]]:
+    return [np.concatenate([t.prompt_ids, t.response_ids]) for g in groups for t in g.trajectories]
 
 
 def judge(
@@ -70,14 +72,14 @@ def judge(
 ) -> tuple[list[RolloutGroup], DiscriminatorState, Metrics]:
     """The groups with the discriminator's rewards, and how well it tells apart what it was never trained on.
 
-    All of a step's responses are scored here, by one version: it is updated after the policy was.
+    All of a step's responses are scored here, by one version: it is updated after the policy was. Rank 0 has the groups
+    and keeps the responses; what else the state says is the same on every rank.
 
     Args:
         first_example: index of the first group's prompt in the task's training data; the others follow.
     """
     algorithm: GAPO = plan.algorithm
-    found = sequence_scores(plan, groups, discriminator, sequences_of(rollouts))
-    scores = torch.tensor(found, dtype=torch.float64)
+    scores = sequence_scores(plan, groups, discriminator, token_ids_of(rollouts))
     normaliser = state.normaliser.merge(Normaliser.of(scores))
     judged = rewarded(rollouts, algorithm.discriminator_rewards(scores, normaliser).tolist())
     fakes = [Fake(first_example + i, t.response_ids) for i, g in enumerate(rollouts) for t in g.trajectories]
@@ -97,15 +99,15 @@ def measure(
     """The discriminator on held-out examples of the data and on responses that are new to it, by kind.
 
     Args:
-        fake_scores: [N] float64. fake_lengths: [N] tokens of the same responses.
+        fake_scores: [N] float64. fake_lengths: [N] tokens of the same responses, on rank 0.
     """
     config, task = plan.config.discriminator, plan.task
     known = held_out(task, config.eval_examples)
-    found = sequence_scores(plan, groups, discriminator, [x.token_ids for x in known])
-    scores = torch.tensor(found, dtype=torch.float64)
+    scores = sequence_scores(plan, groups, discriminator, [x.token_ids for x in known] if groups.rank == 0 else [])
     kinds = torch.tensor([x.kind for x in known])
     by_kind = {"real": scores[kinds == REAL], "rejected": scores[kinds == REJECTED], "fake": fake_scores}
     metrics = separation(by_kind, plan.algorithm.discriminator_objective, config.fake_share)
-    real_lengths = [len(e.response) for e in task.eval_real_examples(config.eval_examples)]
-    metrics["length_auc"] = length_only_auc(*labelled(torch.tensor(real_lengths), torch.tensor(fake_lengths)))
+    if groups.rank == 0:
+        real_lengths = [len(e.response) for e in task.eval_real_examples(config.eval_examples)]
+        metrics["length_auc"] = length_only_auc(*labelled(torch.tensor(real_lengths), torch.tensor(fake_lengths)))
     return {f"discriminator/{name}": float(value) for name, value in metrics.items()}

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from mcore_rl.data.packing import Sample
+from mcore_rl.data.packing import Packed
+from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.model.forward import Policy, forward_only
 from mcore_rl.parallel.collectives import gather_objects, max_abs_over_ranks, on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan, precomputes_reference
-from mcore_rl.roles.given_logprobs import GivenLogprobs, cache_file, describe, digest_of, read, sequences, write
+from mcore_rl.roles.given_logprobs import GivenLogprobs, cache_file, describe, digest_of, digests_of, read, write
 from mcore_rl.roles.models import Models
 from mcore_rl.roles.reference import load_reference
-from mcore_rl.step.batches import pack_parts, pair_samples
-from mcore_rl.types import PackedBatch
+from mcore_rl.step.batches import (
+    Share,
+    bare,
+    brought,
+    deal,
+    flat_responses,
+    full_batches,
+    on_rank_0_alone,
+    pair_samples,
+)
 
 PAIRS_AT_ONCE = 512  # whose tensors exist at the same time
 
@@ -50,11 +62,11 @@ def with_reference(plan: Plan, groups: Groups, models: Models, started: bool) ->
 
 def check_start(plan: Plan, groups: Groups, models: Models) -> None:
     """Policy and reference are one model before the first step, so every margin must be exactly 0."""
-    (batches,) = pack_parts(plan, groups, [held_out_samples(plan)])
-    policy = [o.logprobs for o in forward_only(models.policy, batches)]
-    reference = reference_logprobs(plan, groups, models, batches)
-    differences = [p - r for p, r in zip(policy, reference)]
-    worst = max_abs_over_ranks(groups, differences, contributes=groups.reports)
+    share = deal(plan, groups, on_rank_0_alone(groups, held_out_samples(plan)))
+    batches = full_batches(plan, groups, share)
+    policy = flat_responses(share, batches, [o.logprobs for o in forward_only(models.policy, bare(batches))])
+    reference = reference_logprobs(plan, groups, models, share, batches)
+    worst = max_abs_over_ranks(groups, [policy - reference], contributes=groups.reports)
     limit = plan.config.reference.max_logprob_diff
     if not worst <= limit:
         raise ValueError(
@@ -68,34 +80,57 @@ def check_start(plan: Plan, groups: Groups, models: Models) -> None:
 def held_out_samples(plan: Plan) -> list[Sample]:
     """Of the pairs that `evaluate` takes, each sequence once."""
     pairs = plan.task.eval_pairs(plan.config.evaluate.prompts)
-    return list(dict.fromkeys(sample for pair in pairs for sample in pair_samples(pair)))
+    samples = [sample for pair in pairs for sample in pair_samples(pair)]
+    return list({digest_of(s.token_ids, s.num_response): s for s in samples}.values())
 
 
 def reference_logprobs(
-    plan: Plan, groups: Groups, models: Models, batches: list[PackedBatch]
-) -> list[Tensor]:
-    """[T] of each of this rank's batches; an empty list where there is no reference, or another stage knows them."""
+    plan: Plan, groups: Groups, models: Models, share: Share, batches: Sequence[Packed]
+) -> Tensor | None:
+    """[response tokens of the share]; None where there is no reference, 0 where another pipeline stage knows them.
+
+    Args:
+        batches: the share's, where the reference is in the policy's layout.
+    """
     reference = models.reference
     if isinstance(reference, GivenLogprobs):
-        return [reference.of(b) for b in batches]
+        return reference.of(share.mine).to(groups.device)
     if reference is None:
-        return []
+        return None
     if reference.groups is groups:
-        return [o.logprobs for o in forward_only(reference, batches)]
-    mine = [(tokens.tolist(), len(places)) for b in batches for tokens, places in sequences(b)]
-    everyone = gather_objects(groups, mine if groups.reports else [])
-    samples = [Sample(tuple(tokens), n, 0.0, (0.0,) * n) for part in everyone for tokens, n in part]
-    given = GivenLogprobs(score(plan, groups, reference, samples))
-    return [given.of(b) for b in batches]
+        return flat_responses(share, batches, [o.logprobs for o in forward_only(reference, bare(batches))])
+    return scored_elsewhere(plan, groups, reference, share).to(groups.device)
+
+
+def scored_elsewhere(plan: Plan, groups: Groups, policy: Policy, share: Share) -> Tensor:
+    """[response tokens of the share], from a policy in another layout of the same ranks: there and back. Collective."""
+    owned = plain(share.mine) if groups.reports else Sequences.of([])
+    there = deal(plan, policy.groups, owned)
+    batches = full_batches(plan, policy.groups, there)
+    found = flat_responses(there, batches, [o.logprobs for o in forward_only(policy, bare(batches))])
+    answers = replace(there.mine, rollout_logprobs=found.float().cpu().numpy())
+    # there the sequences are numbered as the ranks that gave them follow each other, and so are the answers
+    given = np.concatenate([share.of_ranks[dp] for dp in groups.layout.reporters])
+    answered = given[np.concatenate([there.of_ranks[dp] for dp in policy.groups.layout.reporters])]
+    place = np.zeros(len(share.columns), np.int64)
+    place[answered] = np.arange(len(answered))
+    back = answers if policy.groups.reports else Sequences.of([])
+    wanted = [place[numbers] for numbers in share.of_ranks]
+    return torch.from_numpy(brought(groups, back, wanted).rollout_logprobs)
+
+
+def plain(sequences: Sequences) -> Sequences:
+    """Without what only the policy's own passes look at."""
+    return replace(sequences, lags=None, expert_ids=None)
 
 
 def score(plan: Plan, groups: Groups, policy: Policy, samples: list[Sample]) -> dict[bytes, Tensor]:
     """Log-probs of all samples by their digests, on every rank of `groups`, from a policy in any layout of them."""
-    (batches,) = pack_parts(plan, policy.groups, [samples])
-    mine: dict[bytes, Tensor] = {}
-    for batch, out in zip(batches, forward_only(policy, batches)):
-        logprobs = out.logprobs.cpu()
-        mine |= {digest_of(tokens, len(places)): logprobs[places].clone() for tokens, places in sequences(batch)}
+    share = deal(plan, policy.groups, on_rank_0_alone(groups, samples))
+    batches = full_batches(plan, policy.groups, share)
+    flat = flat_responses(share, batches, [o.logprobs for o in forward_only(policy, bare(batches))]).cpu()
+    parts = flat.split(share.mine.columns.num_response.tolist())
+    mine = {digest: part.clone() for digest, part in zip(digests_of(share.mine), parts, strict=True)}
     rows: dict[bytes, Tensor] = {}
     for found in gather_objects(groups, mine if policy.groups.reports else {}):
         rows |= found

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from mcore_rl.data.packing import Sample
+from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.model.forward import Policy, forward_only
 from mcore_rl.parallel.collectives import max_abs_over_ranks, on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan
 from mcore_rl.rollout.engine import RolloutEngine, RolloutError
 from mcore_rl.rollout.transfer.transfer import WeightTransfer
-from mcore_rl.step.batches import Metrics, pack_parts
+from mcore_rl.step.batches import Metrics, bare, deal, flat_responses, full_batches
 from mcore_rl.types import SamplingParams
 
 
@@ -76,13 +77,19 @@ def probe_difference(
     params = SamplingParams(temperature=config.rollout.temperature, max_tokens=length)
     count = config.weight_sync.probe_prompts
     prompts = plan.task.eval_prompts(count * (number + 1))[-count:]
-    sampled = on_rank_0(groups, lambda: engine.generate(prompts, params, seed=config.seed + number))
-    samples = [
-        Sample((*t.prompt_ids, *t.response_ids), len(t.response_ids), 0.0, t.rollout_logprobs)
-        for g in sampled
-        for t in g.trajectories
-    ]
-    (batches,) = pack_parts(plan, groups, [samples])
-    scored = forward_only(replace(policy, temperature=config.rollout.temperature), batches)
-    diffs = [(o.logprobs - b.rollout_logprobs)[b.loss_mask] for b, o in zip(batches, scored)]
-    return max_abs_over_ranks(groups, diffs)
+    samples: list[Sample] = []
+
+    def sample() -> None:
+        for group in engine.generate(prompts, params, seed=config.seed + number):
+            samples.extend(
+                Sample(np.append(t.prompt_ids, t.response_ids), len(t.response_ids), 0.0, t.rollout_logprobs)
+                for t in group.trajectories
+            )
+
+    on_rank_0(groups, sample)
+    share = deal(plan, groups, Sequences.of(samples))
+    batches = full_batches(plan, groups, share)
+    scored = forward_only(replace(policy, temperature=config.rollout.temperature), bare(batches))
+    found = flat_responses(share, batches, [o.logprobs for o in scored]).cpu()
+    difference = found - torch.from_numpy(share.mine.rollout_logprobs)
+    return max_abs_over_ranks(groups, [difference], contributes=groups.is_pipeline_last)

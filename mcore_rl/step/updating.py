@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,9 +15,10 @@ from mcore_rl.parallel.collectives import sum_over_ranks
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.planning.plan import Plan
 from mcore_rl.roles.models import Models
-from mcore_rl.step.batches import Metrics, MiniBatches
+from mcore_rl.step.batches import Metrics
 from mcore_rl.step.replaying import router_weighted
-from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput
+from mcore_rl.step.scoring import MiniBatches, mismatch, update_knows_old
+from mcore_rl.types import LossOutput, PackedBatch, PolicyOutput, WeightedBatch
 from mcore_rl.weights.sync import WeightExporter, export_hf
 
 
@@ -30,18 +31,44 @@ def update(
     rounds = mini_batches * config.batch.epochs
     if models.critic is not None:
 
-        def value_loss(batch: PackedBatch, out: PolicyOutput) -> LossOutput:
+        def value_loss(batch: WeightedBatch, out: PolicyOutput) -> LossOutput:
             return algorithm.value_loss(batch, out.values)
 
         metrics |= optimise(groups, models.trained["critic"], models.critic, rounds, value_loss, "critic")
     if models.critic is None or step >= config.critic.warmup_steps:
         after = updates_exporter(config, exporter, step)
         before = weighing_routers(models.policy, config.moe)
-        training = models.trained["policy"]
-        metrics |= optimise(groups, training, models.policy, rounds, algorithm.loss, "policy", before, after)
+        training, own = models.trained["policy"], OwnOldLogprobs(algorithm.loss)
+        loss = own if update_knows_old(plan) else algorithm.loss
+        metrics |= optimise(groups, training, models.policy, rounds, loss, "policy", before, after)
+        if update_knows_old(plan):
+            metrics |= own.mismatch(groups)
     positions = float(sum(b.token_ids.numel() for part in mini_batches for b in part))
     totals = sum_over_ranks(groups, {"positions": positions * config.batch.epochs}, contributes=groups.reports)
     return {**metrics, "num_positions": totals["positions"]}
+
+
+class OwnOldLogprobs:
+    """A loss whose old log-probs are those of its own forward pass: the only update of a rollout begins at the weights
+    before the step. Ratios are exactly 1, and a forward pass is saved."""
+
+    def __init__(self, loss: Callable[[WeightedBatch, PolicyOutput], LossOutput]):
+        self._loss = loss
+        self._differences: list[torch.Tensor] = []
+        self._lags: list[torch.Tensor] = []
+
+    def __call__(self, batch: WeightedBatch, out: PolicyOutput) -> LossOutput:
+        old = torch.where(batch.loss_mask, out.logprobs.detach(), 0.0)
+        self._differences.append((old - batch.rollout_logprobs)[batch.loss_mask])
+        if batch.lags is not None:
+            self._lags.append(batch.lags[batch.loss_mask])
+        return self._loss(replace(batch, old_logprobs=old), out)
+
+    def mismatch(self, groups: Groups) -> Metrics:
+        """Of all micro-batches so far, as `scoring.mismatch`."""
+        nothing = torch.zeros(0, device=groups.device)
+        lags = torch.cat(self._lags) if self._lags else None
+        return mismatch(groups, torch.cat([nothing, *self._differences]), lags)
 
 
 def updates_exporter(config: RunConfig, exporter: WeightExporter, step: int) -> Callable[[int], object] | None:
@@ -51,7 +78,7 @@ def updates_exporter(config: RunConfig, exporter: WeightExporter, step: int) -> 
     return lambda k: export_hf(exporter, config.run_dir / f"updates/step_{step + 1:06d}/{k}", config.model.path)
 
 
-def weighing_routers(policy: Policy, moe: MoeConfig) -> Callable[[list[PackedBatch]], list[PackedBatch]] | None:
+def weighing_routers(policy: Policy, moe: MoeConfig) -> Callable[[list[WeightedBatch]], list[WeightedBatch]] | None:
     """Of `moe.router_shift`: gives a mini-batch the weights of its tokens, just before its update."""
     return (lambda batches: router_weighted(policy, batches, moe.router_shift_floor)) if moe.router_shift else None
 
@@ -65,7 +92,7 @@ def optimise(
     groups: Groups,
     training: Training,
     model: Model,
-    mini_batches: MiniBatches,
+    mini_batches: Sequence[Sequence[PackedBatch]],
     loss: Callable[[PackedBatch, PolicyOutput], LossOutput],
     name: str,
     before: Callable[[list[PackedBatch]], list[PackedBatch]] | None = None,

@@ -18,8 +18,9 @@ from mcore_rl.config import MoeConfig, RunConfig, due
 from mcore_rl.model.forward import Policy, forward_only, forward_recorded
 from mcore_rl.parallel.collectives import gather_objects
 from mcore_rl.parallel.groups import Groups
-from mcore_rl.step.batches import Metrics, MiniBatches
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.step.batches import Metrics
+from mcore_rl.step.scoring import MiniBatches
+from mcore_rl.types import PolicyOutput, WeightedBatch
 from moe.judge.watch import Level, alarms_of
 from moe.measure.decompose import crossover, parts
 from moe.measure.flips import flip_statistics, load_health, loads, router_shift
@@ -32,7 +33,7 @@ from moe.record.trace import RoutingTrace
 class Watched:
     """Some micro-batches without routes to take, and what the policy before the step did with them."""
 
-    batches: list[PackedBatch]
+    batches: list[WeightedBatch]
     outputs: list[PolicyOutput]  # on the last pipeline stage
     recorded: list[Recorded]
 
@@ -45,7 +46,7 @@ def watch_routers(
     if not (due(moe.log_every, step + 1) or due(moe.record_every, step + 1)):
         return None
     count = layout.pp if layout.vpp > 1 else 1  # the interleaved schedule works in rounds
-    batches = [replace(b, expert_ids=None, shift_ids=None) for b in mini_batches[0][:count]]
+    batches = [replace(b, expert_ids=None, observed_ids=None) for b in mini_batches[0][:count]]
     return Watched(batches, *forward_recorded(policy, batches, statistics=True))
 
 
@@ -61,7 +62,7 @@ def router_metrics(
     if before is None:
         return {}
     moe = config.moe
-    following = [replace(b, shift_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
+    following = [replace(b, observed_ids=r.expert_ids) for b, r in zip(before.batches, before.recorded)]
     outputs, recorded = forward_recorded(policy, following, statistics=True)
     if due(moe.record_every, step + 1) and groups.reports:
         _keep(config.run_dir / "routes", groups, policy, before, recorded, step)

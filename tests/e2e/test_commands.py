@@ -57,14 +57,15 @@ def logprobs_of_trainer_and_exports(folder: Path, model: Path) -> list[list[floa
     """Log-probs of the same tokens by the checkpoint in Megatron, by hf/ in transformers and by the untrained model."""
     from transformers import AutoModelForCausalLM
 
-    from mcore_rl.data.packing import Sample, pack
+    from mcore_rl.data.scores import batch_of
+    from mcore_rl.data.sequences import Sample
     from mcore_rl.model.forward import forward_only
     from mcore_rl.planning.check import make_plan
     from mcore_rl.run import open_run
 
     config = load_config(folder / "config.yaml", ["resume=true"])
     tokens = torch.randint(2, 20, (1, 40), generator=torch.Generator().manual_seed(0))
-    batch = pack([Sample(tuple(tokens[0].tolist()), 39, 0.0, (0.0,) * 39)], [1.0])
+    batch = batch_of([Sample(tuple(tokens[0].tolist()), 39, 0.0, (0.0,) * 39)], [1.0])
     with redirect_stdout(io.StringIO()), open_run(make_plan(config, 1)) as run:
         assert run.start.step == 2
         found = [forward_only(run.models.policy, [batch])[0].logprobs.tolist()]

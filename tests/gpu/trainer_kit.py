@@ -50,7 +50,8 @@ def build(folder: Path, groups: Any, dtype: str, spec: str):
 def packed(device: torch.device):
     """One micro-batch of segments of different length; every position but the first of a segment carries a loss."""
     from mcore_rl.algorithms.sft import SFT
-    from mcore_rl.data.packing import Sample, pack_mini_batch
+    from mcore_rl.data.sequences import Sample
+    from tools.bench.batches import pack_mini_batch
 
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(2, 97, (length + 1,), generator=generator).tolist() for length in LENGTHS]

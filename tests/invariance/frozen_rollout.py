@@ -10,7 +10,7 @@ import torch
 
 def make_samples() -> list:
     """Uneven lengths, advantages of both signs, old log-probs off the policy's."""
-    from mcore_rl.data.packing import Sample
+    from mcore_rl.data.sequences import Sample
 
     rng = random.Random(0)
     samples = []
@@ -45,7 +45,7 @@ def make_labelled() -> list:
     from mcore_rl.data.real_fake import FAKE, REAL, REJECTED, Labelled
 
     kinds = (REAL, FAKE, REAL, REJECTED)
-    return [Labelled(sample.token_ids, kinds[i % 4]) for i, sample in enumerate(make_samples())]
+    return [Labelled(tuple(sample.token_ids.tolist()), kinds[i % 4]) for i, sample in enumerate(make_samples())]
 
 
 def gather_logprobs(policy, batches, groups) -> dict[tuple, list[float]]:

@@ -22,6 +22,8 @@ from worlds import each_world  # noqa: E402
 
 from mcore_rl import algorithms  # noqa: E402
 from mcore_rl.config import OptimizerConfig, RunConfig, parse_config  # noqa: E402
+from mcore_rl.data.scores import Scores  # noqa: E402
+from mcore_rl.data.sequences import Sequences  # noqa: E402
 from mcore_rl.model import optimizer as optimizer_module  # noqa: E402
 from mcore_rl.model.build import build_model, read_hf_config  # noqa: E402
 from mcore_rl.model.forward import Policy, Scorer, forward_backward  # noqa: E402
@@ -33,11 +35,12 @@ from mcore_rl.parallel.layout import ParallelLayout  # noqa: E402
 from mcore_rl.planning.plan import reference_layout
 from mcore_rl.roles.models import Models  # noqa: E402
 from mcore_rl.roles.reference import update_reference
-from mcore_rl.step.batches import pack, pack_parts
-from mcore_rl.step.discriminating import discriminator_loss, sample_of  # noqa: E402
-from mcore_rl.step.scoring import score_old  # noqa: E402
+from mcore_rl.step.batches import bare, deal, packed, share_of_step
+from mcore_rl.step.discriminating import discriminator_loss  # noqa: E402
+from mcore_rl.step.judging import scored_sample  # noqa: E402
+from mcore_rl.step.scoring import mini_batches_of, score  # noqa: E402
 from mcore_rl.step.updating import update
-from mcore_rl.types import PackedBatch  # noqa: E402
+from mcore_rl.types import WeightedBatch  # noqa: E402
 from mcore_rl.weights.hf_read import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
 from mcore_rl.weights.sync import WeightExporter  # noqa: E402
@@ -158,19 +161,28 @@ def one_step_each(config: RunConfig, groups, policy: SimpleNamespace) -> dict[st
     batches = [replace(b, values=b.advantages, returns=b.old_logprobs) for b in grpo]
     found["critic"] = accumulated(config, groups, critic, batches, lambda b, out: ppo.value_loss(b, out.values))
     for objective, unit in (("bce", 1), ("bradley_terry", 2)):
-        gapo, samples = algorithms.load("gapo", discriminator_objective=objective), map(sample_of, make_labelled())
-        (batches,) = pack_parts(SimpleNamespace(config=config, algorithm=gapo), groups, [list(samples)], unit)
+        gapo = algorithms.load("gapo", discriminator_objective=objective)
+        samples = [scored_sample(x.token_ids, x.kind) for x in make_labelled()]
+        owned = Sequences.of(samples if groups.rank == 0 else [])
+        share = deal(SimpleNamespace(config=config, algorithm=gapo), groups, owned, unit=unit)
+        batches = bare(packed(groups, share.mine, share.mini_batches[0]))
         discriminator = trained_critic(config, groups, "adam")
         loss = discriminator_loss(gapo, len(make_labelled()))
         found[objective] = accumulated(config, groups, discriminator, batches, loss)
     return found
 
 
-def frozen_batches(config: RunConfig, groups, algorithm) -> list[PackedBatch]:
+def frozen_batches(config: RunConfig, groups, algorithm) -> list[WeightedBatch]:
     """This rank's micro-batches, with log-probs that are not the policy's."""
     plan = SimpleNamespace(config=config, algorithm=algorithm)
-    (batches,) = pack(plan, groups, make_samples(), step=0, mini_batches=1, unit=algorithm.unit)
+    share = deal(plan, groups, owned_samples(groups), unit=algorithm.unit)
+    (batches,) = mini_batches_of(groups, share, Scores.of(share.mine, groups.device))
     return [replace(b, old_logprobs=b.rollout_logprobs, ref_logprobs=b.rollout_logprobs + 0.1) for b in batches]
+
+
+def owned_samples(groups) -> Sequences:
+    """The rollout, on rank 0."""
+    return Sequences.of(make_samples() if groups.rank == 0 else [])
 
 
 def accumulated(config: RunConfig, groups, model: SimpleNamespace, batches, loss: Callable) -> dict[str, Any]:
@@ -213,8 +225,7 @@ def open_run(config: RunConfig, groups, name: str, fields: dict[str, Any], optim
 def one_step(run: SimpleNamespace, step: int) -> dict[str, float]:
     """Metrics of a step of two mini-batches: in the second the policy has left that of the old log-probs."""
     plan, groups, models = run.plan, run.groups, run.models
-    mini_batches = pack(plan, groups, make_samples(), step, plan.config.batch.mini_batches, plan.algorithm.unit)
-    mini_batches, scored = score_old(plan, groups, models, mini_batches)
+    mini_batches, scored = score(plan, groups, models, share_of_step(plan, groups, owned_samples(groups), step))
     metrics = scored | update(plan, groups, models, run.exporters["policy"], mini_batches, step)
     update_reference(plan, models.policy, models.reference, step + 1)
     del metrics["num_positions"]  # how much is filled up is the layout's

@@ -8,6 +8,7 @@ of another micro-batch would be off by orders of magnitude.
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,29 +41,37 @@ def name_of(case: dict) -> str:
 
 def run_case(case: dict, groups) -> None:
     from mcore_rl import algorithms
-    from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-    from mcore_rl.data.packing import pack_mini_batch, pad
+    from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, parse_config
+    from mcore_rl.data.scores import Scores
+    from mcore_rl.data.sequences import Sequences
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy, forward_backward, forward_only, forward_recorded, routers_of
     from mcore_rl.model.optimizer import build_training
+    from mcore_rl.step.batches import deal
+    from mcore_rl.step.scoring import mini_batches_of
     from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter
 
-    hf_config, layout = read_hf_config(case["source"]), groups.layout
+    hf_config = read_hf_config(case["source"])
     chunks = build_model(hf_config, ModelConfig(path=case["source"], recompute=case.get("recompute", "none")), groups)
     load_hf(case["source"], megatron_shards(chunks, hf_config, groups))
     training = build_training(chunks, OptimizerConfig(), ParallelConfig(), total_steps=100)
     exporter = WeightExporter(chunks, hf_config, groups)
     policy = Policy(training.chunks, groups, hf_config.vocab_size, routers=routers_of(training.chunks, groups))
     algorithm = algorithms.load("grpo", entropy_coef=0.01)
-    packed = pack_mini_batch(
-        make_samples(), algorithm, rank=groups.coords.dp, num_ranks=layout.dp, budget=case["budget"],
-        max_response=16, multiple=layout.batch_multiple,
-        segment_multiple=layout.segment_multiple, rounds=layout.pp if layout.vpp > 1 else 1,
-    )  # fmt: skip
-    longest = max(b.token_ids.numel() for b in packed) if layout.pp > 1 else 1
-    natural = [replace(b, old_logprobs=b.rollout_logprobs) for b in (pad(b, longest) for b in packed)]
+    config = parse_config(
+        {
+            "name": "x",
+            "model": {"path": case["source"]},
+            "batch": {"micro_batch_tokens": case["budget"]},
+            "rollout": {"max_response_tokens": 16},
+        }
+    )
+    owned = Sequences.of(make_samples() if groups.rank == 0 else [])
+    share = deal(SimpleNamespace(config=config, algorithm=algorithm), groups, owned)
+    (batches,) = mini_batches_of(groups, share, Scores.of(share.mine))
+    natural = [replace(b, old_logprobs=b.rollout_logprobs) for b in batches]
     outputs, recorded = forward_recorded(policy, natural, statistics=True)
     plain = forward_only(policy, natural)
     assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(outputs, plain, strict=True))

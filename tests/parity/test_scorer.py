@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from mcore_rl.config import ModelConfig
-from mcore_rl.data.packing import Sample, pack
+from mcore_rl.data.scores import batch_of
+from mcore_rl.data.sequences import Sample
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.forward import Scorer, forward_only
 from mcore_rl.model.heads import as_scorer
@@ -34,7 +35,7 @@ def test_scores_equal_transformers(tiny_moe_dir, tmp_path, groups):
     hf_config = read_hf_config(tmp_path)
     chunks = build_model(hf_config, ModelConfig(path=str(tmp_path)), groups)
     load_hf(tmp_path, megatron_shards(chunks, hf_config, groups))
-    batch = pack([Sample(t, 1, 0.0, (0.0,)) for t in sequences()], [0.0] * 3)
+    batch = batch_of([Sample(t, 1, 0.0, (0.0,)) for t in sequences()], [0.0] * 3)
     (out,) = forward_only(Scorer(chunks, groups), [batch])
     hidden = [reference.model(torch.tensor([t[:-1]])).last_hidden_state[0] for t in sequences()]
     want = torch.cat([reference.score(h)[:, 0] for h in hidden])
@@ -57,7 +58,7 @@ def test_critic_from_a_policy_starts_at_zero(tiny_moe_dir, groups):
     chunks = build_model(hf_config, ModelConfig(path=str(tiny_moe_dir)), groups)
     shards = megatron_shards(chunks, hf_config, groups)
     load_hf(tiny_moe_dir, [s for s in shards if s.hf_name != "score.weight"])
-    batch = pack([Sample(t, 1, 0.0, (0.0,)) for t in sequences()], [0.0] * 3)
+    batch = batch_of([Sample(t, 1, 0.0, (0.0,)) for t in sequences()], [0.0] * 3)
     (out,) = forward_only(Scorer(chunks, groups), [batch])
     assert torch.equal(out.values, torch.zeros_like(out.values))
     assert not any(p.isnan().any() for p in chunks[0].parameters())

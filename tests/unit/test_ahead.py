@@ -1,13 +1,12 @@
 """Batches ahead, with an engine that the test steps: order, waiting, what a checkpoint brings, overlap of clocks."""
 
 import threading
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
 from mcore_rl.config import RolloutConfig
-from mcore_rl.model.checkpoint import Progress
+from mcore_rl.model.checkpoint import Progress, read_progress, write_progress
 from mcore_rl.rollout.ahead import RolloutsAhead, open_ahead, time_within
 from mcore_rl.rollout.engine import RolloutError, token_versions
 from mcore_rl.rollout.engine_group import EngineGroup
@@ -56,11 +55,13 @@ def test_time_that_was_waited_for_does_not_overlap():
     assert time_within(1.0, 5.0, []) == 0.0 and time_within(1.0, 5.0, [(0.0, 9.0)]) == 4.0
 
 
-def test_a_checkpoints_batches_come_first_with_the_answers_of_the_task():
+def test_a_checkpoints_batches_come_first_with_the_answers_of_the_task(tmp_path):
     task = SimpleNamespace(train_prompt=lambda i: Prompt(str(i), (i,), str(i), answer=f"answer {i}"))
     stored = tuple(groups_of([Prompt("7", (7,), "7"), Prompt("8", (8,), "8")], 1))
     held = [BatchAhead(step=4, first_prompt=7, groups=stored)]
-    assert Progress.of(asdict(Progress(4, 9, 4, ahead=tuple(held)))).ahead == tuple(held)
+    progress = Progress(4, 9, 4, ahead=tuple(held))
+    write_progress(tmp_path / "rollouts.safetensors", progress)
+    assert read_progress(tmp_path / "rollouts.safetensors", progress.without_rollouts()) == progress
     ahead = open_ahead(None, SamplingParams(), RolloutConfig(max_staleness=1), task, held)
     assert [g.prompt.answer for g in ahead.finish()[4]] == ["answer 7", "answer 8"]
     taken = ahead.take(4)
@@ -68,13 +69,13 @@ def test_a_checkpoints_batches_come_first_with_the_answers_of_the_task():
 
 
 def test_labels_of_an_engine():
-    assert token_versions([("3", 0, 2), ("4", 2, 5)], 5) == (3, 3, 4, 4, 4)
+    assert token_versions([("3", 0, 2), ("4", 2, 5)], 5).tolist() == [3, 3, 4, 4, 4]
     for spans in (None, [("default", 0, 5)], [("3", 0, 4)]):
         with pytest.raises(RolloutError, match="of a response of 5 tokens"):
             token_versions(spans, 5)
     t = Trajectory((0,), (5, 6), (0.0, 0.0), "stop", 3)
-    assert t.token_versions == (3, 3)
-    assert Trajectory((0,), (5, 6), (0.0, 0.0), "stop", 3, mixed_versions=(3, 4)).token_versions == (3, 4)
+    assert t.versions.tolist() == [3, 3]
+    assert Trajectory((0,), (5, 6), (0.0, 0.0), "stop", (3, 4)).policy_version == 3
 
 
 class FakeEngine:

@@ -5,16 +5,19 @@ import math
 import random
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
 import pytest
 import torch
 from loss_batches import gradient, make_batch, make_group, make_output, make_trajectory
 
 from mcore_rl.algorithms import load
-from mcore_rl.data.packing import pack_mini_batch, samples_of
+from mcore_rl.data.real_fake import DiscriminatorState, Fake
+from mcore_rl.data.sequences import sequences_of
 from mcore_rl.functional.reward import overlong_penalty
-from mcore_rl.model.checkpoint import Progress
+from mcore_rl.model.checkpoint import Progress, read_progress, write_progress
 from mcore_rl.rollout.collect import collect, score
-from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
+from mcore_rl.types import BatchAhead, Prompt, RolloutGroup, SamplingParams
+from tools.bench.batches import pack_mini_batch
 
 
 def test_equal_clips_and_sequence_mean_make_it_grpo():
@@ -47,10 +50,11 @@ def test_token_mean_within_a_group():
     """Eq. 8: every group is normalised by its own tokens. With one group that is the token mean of the batch."""
 
     def weights(algorithm, groups):
-        samples = samples_of(groups, algorithm)
+        samples = sequences_of(groups, algorithm)
         (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
         sums = torch.zeros(len(samples)).index_add(0, batch.segment_ids, batch.weights)
-        n = torch.tensor([s.num_response for s in sorted(samples, key=lambda s: -s.positions)])
+        longest_first = np.argsort(-samples.columns.lengths, kind="stable")
+        n = torch.from_numpy(samples.columns.num_response[longest_first])
         return dict(zip(n.tolist(), (sums / n).tolist()))  # a token's weight, by the response's length
 
     def group(name, *lengths):
@@ -83,12 +87,12 @@ class TestOverlong:
         group = make_group(1.0, 0.0, 0.0)
         cut_off = replace(group.trajectories[2], finish_reason="length")
         group = replace(group, trajectories=(*group.trajectories[:2], cut_off))
-        samples = samples_of([group], algorithm)
-        assert [s.num_response for s in samples] == [2, 2, 0]
-        assert [s.advantage for s in samples] == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
+        samples = sequences_of([group], algorithm)
+        assert samples.columns.num_loss.tolist() == [2, 2, 0]
+        assert samples.columns.advantages.tolist() == pytest.approx([2**0.5, -(0.5**0.5), -(0.5**0.5)])
         (batch,) = pack_mini_batch(samples, algorithm, rank=0, num_ranks=1, budget=100, max_response=8)
         assert batch.loss_mask.sum().item() == 4 and batch.weights[batch.loss_mask].tolist() == [0.25] * 4
-        assert [s.num_response for s in samples_of([group], load("dapo"))] == [2, 2, 2]
+        assert sequences_of([group], load("dapo")).columns.num_loss.tolist() == [2, 2, 2]
 
 
 class TestKeep:
@@ -112,12 +116,11 @@ class FakeEngine:
 
     def generate(self, prompts, params, seed):
         self.calls.append(([p.id for p in prompts], seed))
+        lengths = range(1, params.n + 1)
         return [
             RolloutGroup(
                 p,
-                tuple(
-                    replace(make_trajectory(length=k + 1), policy_version=self.policy_version) for k in range(params.n)
-                ),
+                tuple(replace(make_trajectory(length=k), versions=np.full(k, self.policy_version)) for k in lengths),
             )
             for p in prompts
         ]
@@ -142,10 +145,15 @@ def run_collect(engine, num_prompts=6, cursor=100, **options):
     params = SamplingParams(n=2)
     algorithm = options.pop("algorithm", load("dapo"))
 
-    def rollout(prompts, seed):
+    def rollout(first, seed):
+        prompts = [FakeTask().train_prompt(first + i) for i in range(num_prompts)]
         return [score(group, fake_reward) for group in engine.generate(prompts, params, seed)]
 
-    return collect(rollout, FakeTask(), algorithm, cursor=cursor, num_prompts=num_prompts, seed=5, **options)
+    return collect(rollout, algorithm, lambda ask: ask(), cursor=cursor, num_prompts=num_prompts, seed=5, **options)
+
+
+def routed(trajectory):
+    return replace(trajectory, expert_ids=np.arange(2 * (trajectory.num_tokens - 1), dtype=np.uint8).reshape(-1, 1, 2))
 
 
 def ids(groups):
@@ -194,19 +202,21 @@ class TestDynamicSampling:
             alone, cursor = alone + got.generations, cursor + len(got.sampled)
         assert generations < alone
 
-    def test_a_checkpoint_holds_the_surplus(self):
+    def test_a_checkpoint_holds_the_surplus(self, tmp_path):
         """Answers and metadata may be anything, so they are not in it; what training needs comes back as it was."""
         carried = run_collect(FakeEngine()).carried
-        routed = replace(carried[0].trajectories[0], expert_ids=torch.arange(6).view(3, 1, 2))
-        carried = (replace(carried[0], trajectories=(routed,)), *carried[1:])
+        carried = tuple(replace(g, trajectories=tuple(map(routed, g.trajectories))) for g in carried)
         assert carried[0].prompt.answer is None and carried[0].prompt.token_ids == (1, 2)
-        before = Progress(3, 40, 3, 0.1, carried)
+        ahead = (BatchAhead(4, 8, carried[:1]), BatchAhead(5, 16))
+        state = DiscriminatorState(fresh=(Fake(3, (7, 1)),), buffer=(Fake(1, (5,)), Fake(2, ())))
+        before = Progress(3, 40, 3, 0.1, carried, state, ahead)
         buffer = io.BytesIO()
-        torch.save(asdict(before), buffer)
+        torch.save(asdict(before.without_rollouts()), buffer)
+        write_progress(tmp_path / "rollouts.safetensors", before)
         buffer.seek(0)
-        after = Progress.of(torch.load(buffer))  # weights_only, as Megatron loads what is not sharded
-        assert after.carried[1:] == carried[1:] and after.kl_coef == 0.1
-        assert torch.equal(after.carried[0].trajectories[0].expert_ids, routed.expert_ids)
+        plain = Progress.of(torch.load(buffer))  # weights_only, as Megatron loads what is not sharded
+        assert plain.carried == () and plain == before.without_rollouts()
+        assert read_progress(tmp_path / "rollouts.safetensors", plain) == before
 
     def test_kept_groups_have_the_gradient_they_have_without_sampling(self):
         """Only the denominator changes: advantages of a kept group are its own."""

@@ -8,9 +8,10 @@ import torch
 from loss_batches import F64, gradient, make_batch, make_output
 
 from mcore_rl.algorithms import load
-from mcore_rl.data.packing import Sample, pack_mini_batch
+from mcore_rl.data.sequences import Sample
 from mcore_rl.functional.preference import PREFERENCE_LOSSES, preference_loss
 from mcore_rl.types import PolicyOutput
+from tools.bench.batches import pack_mini_batch
 
 BETA = 0.1
 

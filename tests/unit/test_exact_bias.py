@@ -13,7 +13,7 @@ import torch
 from loss_batches import F64
 
 from mcore_rl.algorithms import load
-from mcore_rl.types import PackedBatch, PolicyOutput
+from mcore_rl.types import PolicyOutput, WeightedBatch
 
 V, T = 3, 6
 ALPHAS = (0.01, 0.1, 0.3, 0.6, 1.0)
@@ -64,13 +64,14 @@ class Case:
         def spread(x):
             return x[:, None].expand(n, T).reshape(-1)
 
-        batch = PackedBatch(
+        batch = WeightedBatch(
             token_ids=ANSWERS.reshape(-1),
             targets=ANSWERS.reshape(-1),
             positions=torch.arange(T).repeat(n),
             segment_ids=spread(torch.arange(n)),
             loss_mask=torch.ones(n * T, dtype=torch.bool),
             cu_seqlens=torch.arange(n + 1) * T,
+            labels=torch.zeros(n, dtype=torch.long),
             weights=spread(self.mu.sum(1).exp()),
             advantages=spread(self.advantages),
             old_logprobs=(self.mu if old is None else old).reshape(-1),

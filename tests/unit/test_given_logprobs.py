@@ -9,32 +9,27 @@ import torch
 
 from mcore_rl.algorithms import load
 from mcore_rl.config import parse_config
-from mcore_rl.data.packing import Sample, pack, pad
+from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.model.build import read_hf_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.check_models import check_reference
-from mcore_rl.roles.given_logprobs import GivenLogprobs, cache_file, describe, digest_of, read, sequences, write
+from mcore_rl.roles.given_logprobs import GivenLogprobs, cache_file, describe, digest_of, digests_of, read, write
 
 ROWS = {bytes([i] * 16): torch.randn(n, generator=torch.Generator().manual_seed(i)) for i, n in enumerate((3, 1, 4))}
 
 
 def test_log_probs_come_back_where_the_responses_are():
     first, second = Sample((5, 6, 7, 1), 2, 0.0, (0.0, 0.0)), Sample((5, 6, 1), 1, 0.0, (0.0,))
-    rows = {digest_of(torch.tensor(s.token_ids), s.num_response): torch.tensor(x) for s, x in
+    rows = {digest_of(s.token_ids, s.num_response): torch.tensor(x) for s, x in
             ((first, [-0.1, -0.2]), (second, [-0.3]))}  # fmt: skip
     given = GivenLogprobs(rows)
-    for order, want in (((first, second), [0, -0.1, -0.2, 0, -0.3]), ((second, first), [0, -0.3, 0, -0.1, -0.2])):
-        torch.testing.assert_close(given.of(pad(pack(order, [1.0, 1.0]), 4)), torch.tensor([*want, 0, 0, 0]))
+    for order, want in (((first, second), [-0.1, -0.2, -0.3]), ((second, first), [-0.3, -0.1, -0.2])):
+        torch.testing.assert_close(given.of(Sequences.of(order)), torch.tensor(want))
+    assert given.of(Sequences.of([])).numel() == 0
 
 
 def test_the_same_tokens_with_another_boundary_are_another_sequence():
-    names = {
-        digest_of(tokens, len(at))
-        for n in (1, 2)
-        for tokens, at in sequences(pack([Sample((5, 6, 7), n, 0.0, (0.0,) * n)], [1.0]))
-    }
-    assert len(names) == 2
-    assert not list(sequences(pack([Sample((5, 6, 7), 0, 0.0, ())], [0.0]))), "padding has no log-probs"
+    assert len(set(digests_of(Sequences.of([Sample((5, 6, 7), n) for n in (1, 2)])))) == 2
 
 
 def test_what_is_written_is_read(tmp_path):

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mcore_rl.algorithms import load
 from mcore_rl.config import DataConfig, parse_config
@@ -19,11 +20,12 @@ def judged(monkeypatch, scores, rule, state=None, **fields):
     task = build_task(DataConfig(task="digit_constraints"), make_tokenizer(), 0)
     config = parse_config({"name": "x", "model": {"path": "m"}, "discriminator": {"eval_examples": 4}})
     plan = SimpleNamespace(task=task, config=config, algorithm=load("gapo", **fields))
-    answers = iter([scores, [1.0] * 4 + [-1.0] * 4])
+    answers = iter(torch.tensor(x, dtype=torch.float64) for x in (scores, [1.0] * 4 + [-1.0] * 4))
     monkeypatch.setattr(judging, "sequence_scores", lambda *_: next(answers))
     responses = [Trajectory((5,), (i, 1), (0.0, 0.0), "stop", 0, reward=r) for i, r in enumerate(rule)]
     groups = [RolloutGroup(task.train_prompt(7 + i), tuple(responses[2 * i : 2 * i + 2])) for i in range(2)]
-    groups, state, metrics = judging.judge(plan, None, None, groups, state or DiscriminatorState(), first_example=7)
+    first, state = SimpleNamespace(rank=0), state or DiscriminatorState()
+    groups, state, metrics = judging.judge(plan, first, None, groups, state, first_example=7)
     return [t for g in groups for t in g.trajectories], state, metrics
 
 

@@ -13,7 +13,7 @@ from tools.make_demo_model import make_tokenizer
 
 
 def said(text: str) -> Trajectory:
-    return Trajectory((), (), (), finish_reason="stop", policy_version=0, text=text)
+    return Trajectory((), (), (), finish_reason="stop", versions=0, text=text)
 
 
 class OneAnswer(Task):

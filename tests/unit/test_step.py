@@ -9,13 +9,13 @@ from loss_batches import cut, make_batch, make_output
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import parse_config
-from mcore_rl.data.packing import Sample, pack
+from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.parallel.collectives import max_abs_over_ranks
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.engine import RolloutError
 from mcore_rl.step import syncing
-from mcore_rl.step.batches import pack_parts
-from mcore_rl.step.scoring import mismatch, token_advantages
+from mcore_rl.step.batches import deal, full_batches
+from mcore_rl.step.scoring import advised_batches, mismatch
 
 
 def one_rank():
@@ -24,6 +24,7 @@ def one_rank():
     return SimpleNamespace(
         world_size=1,
         layout=layout,
+        rank=0,
         coords=layout.coords(0),
         is_pipeline_last=True,
         reports=True,
@@ -46,13 +47,14 @@ def test_largest_does_not_lose_a_nan():
 
 
 def test_mismatch_by_hand_and_without_loss_tokens():
-    batch = pack([Sample((5, 6, 7, 1), 2, 0.5, (-0.1, 0.3))], [0.5])  # old log-probs are 0 here
-    metrics = mismatch(one_rank(), [batch], stale=False)
+    metrics = mismatch(one_rank(), torch.tensor([0.1, -0.3]), None)
     d = torch.tensor([0.1, -0.3], dtype=torch.float64)
     want = {"mismatch/k3": (d.exp() - 1 - d).mean(), "mismatch/abs_mean": d.abs().mean(), "mismatch/abs_max": 0.3}
     assert metrics.keys() == want.keys()
     assert all(math.isclose(metrics[k], float(v), rel_tol=1e-5) for k, v in want.items())
-    assert mismatch(one_rank(), [pack([Sample((5, 6, 1), 0, 0.5, ())], [0.0])], stale=False) == {}
+    assert mismatch(one_rank(), torch.zeros(0), None) == {}
+    stale = mismatch(one_rank(), torch.tensor([0.1, -0.3]), torch.tensor([0, 2]))
+    assert stale["mismatch/abs_max"] == pytest.approx(0.1) and stale["staleness/abs_max"] == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +79,20 @@ def test_a_probe_that_fails_is_repeated_once_with_other_sequences(monkeypatch, d
 def test_an_odd_number_of_probe_sequences_is_packed_whole(name):
     """Also where the algorithm trains on pairs, which would leave the last one over."""
     samples = [Sample((5, 6, token), 1, 0.0, (-0.1,)) for token in (1, 2, 3)]
-    ((batch,),) = pack_parts(plan_of(load(name)), one_rank(), [samples])
-    assert sorted(batch.targets[batch.loss_mask].tolist()) == [1, 2, 3]
+    share = deal(plan_of(load(name)), one_rank(), Sequences.of(samples))
+    (packed,) = full_batches(plan_of(load(name)), one_rank(), share)
+    assert sorted(packed.batch.targets[packed.batch.loss_mask].tolist()) == [1, 2, 3]
 
 
 def test_explained_variance_is_that_of_the_whole_rollout_however_it_is_cut():
     """1 - Var(R - V) / Var(R) over all tokens; a mean over micro-batches would be another number."""
     ppo, batch = load("ppo", lam=0.7), make_batch()
-    (whole,), metrics = token_advantages(ppo, one_rank(), [batch])
+    (whole,), metrics = advised_batches(ppo, one_rank(), [batch])
     returns, values = whole.returns[batch.loss_mask], batch.values[batch.loss_mask]
     want = 1 - (returns - values).var() / returns.var()
     assert metrics["critic/explained_variance"] == pytest.approx(want.item(), rel=1e-12)
     parts = [part for part, _ in cut(batch, make_output(batch), 1)]
-    _, of_parts = token_advantages(ppo, one_rank(), parts)
+    _, of_parts = advised_batches(ppo, one_rank(), parts)
     assert of_parts["critic/explained_variance"] == pytest.approx(want.item(), rel=1e-12)
-    alone = [token_advantages(ppo, one_rank(), [part])[1]["critic/explained_variance"] for part in parts]
+    alone = [advised_batches(ppo, one_rank(), [part])[1]["critic/explained_variance"] for part in parts]
     assert abs(sum(alone) / len(alone) - want.item()) > 1e-2

@@ -11,10 +11,12 @@ from loss_batches import make_group
 
 from mcore_rl.algorithms import available, load
 from mcore_rl.config import ModelConfig, parse_config
-from mcore_rl.data.packing import pack_mini_batch, samples_of, split_mini_batches
+from mcore_rl.data.packing import split_mini_batches
+from mcore_rl.data.sequences import sequences_of
 from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.roles.policy import as_policy
+from tools.bench.batches import pack_mini_batch
 
 
 @pytest.mark.parametrize("name", ["cispo", "gspo", "sapo"])
@@ -28,12 +30,11 @@ def test_mini_batches_that_split_a_group_keep_its_statistics(mini_batches):
     """Advantages are made before the rollout is shuffled and cut: a response keeps the one of its whole group."""
     algorithm = load("grpo", advantage_eps=0.0)
     groups = [make_group(1.0, 0.0, 0.0, 0.0, id=str(i)) for i in range(2)]
-    samples = samples_of(groups, algorithm)
+    samples = sequences_of(groups, algorithm)
     parts = split_mini_batches(len(samples), mini_batches, seed=0)
     found = []
     for part in parts:
-        mini = [samples[i] for i in part]
-        (batch,) = pack_mini_batch(mini, algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
+        (batch,) = pack_mini_batch(samples.take(part), algorithm, rank=0, num_ranks=1, budget=99, max_response=9)
         found += batch.advantages[batch.loss_mask][::2].tolist()  # responses of two tokens
     assert sorted(found) == pytest.approx([-(3**-0.5)] * 6 + [3**0.5] * 2, rel=1e-6)
     if mini_batches == 4:

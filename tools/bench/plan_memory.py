@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from mcore_rl.algorithms.grpo import GRPO
 from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-from mcore_rl.data.packing import Sample, pack_mini_batch
+from mcore_rl.data.sequences import Sample
 from mcore_rl.model.build import build_model, read_hf_config, transformer_config
 from mcore_rl.model.forward import Policy, forward_backward
 from mcore_rl.model.optimizer import Training, build_training, torch_optimizers
@@ -33,6 +33,7 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.memory import activations, trained_state
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
+from tools.bench.batches import pack_mini_batch
 from tools.bench.options import Json, Model, asked_model
 from tools.bench.side_by_side import device_peak_bytes
 

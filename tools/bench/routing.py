@@ -14,7 +14,6 @@ import torch
 import typer
 
 from mcore_rl.config import ModelConfig, ParallelConfig, RolloutConfig, WeightSyncConfig
-from mcore_rl.data.packing import pack_mini_batch
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.forward import Policy, forward_backward, forward_only, forward_recorded, routers_of
 from mcore_rl.model.optimizer import build_training
@@ -25,6 +24,7 @@ from mcore_rl.step.replaying import score_policy
 from mcore_rl.types import PackedBatch, Prompt, SamplingParams
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
+from tools.bench.batches import pack_mini_batch
 from tools.bench.options import Json, Model, PromptTokens, Repeats, Seed, asked_model
 from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
 from tools.bench.train_step import ALGORITHM, OPTIMIZER, random_samples

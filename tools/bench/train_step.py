@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from mcore_rl.algorithms.grpo import GRPO
 from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig
-from mcore_rl.data.packing import Sample, pack_mini_batch
+from mcore_rl.data.sequences import Sample
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.forward import Policy, forward_backward
 from mcore_rl.model.optimizer import build_training
@@ -29,6 +29,7 @@ from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.types import PackedBatch
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
+from tools.bench.batches import pack_mini_batch
 from tools.bench.models import EXPERTS, load_hf_model
 from tools.bench.options import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
 from tools.bench.side_by_side import check_equal, environment, fastest, interleave, show, throughput

@@ -20,7 +20,7 @@ import typer
 
 from mcore_rl.algorithms.grpo import GRPO
 from mcore_rl.config import ModelConfig, RolloutConfig, WeightSyncConfig
-from mcore_rl.data.packing import Sample, pack_mini_batch
+from mcore_rl.data.sequences import Sample
 from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.forward import Policy, forward_only
 from mcore_rl.parallel import groups as process_groups
@@ -33,6 +33,7 @@ from mcore_rl.types import RolloutGroup, SamplingParams
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter, export_hf
+from tools.bench.batches import pack_mini_batch
 from tools.bench.models import random_prompts
 from tools.bench.options import Json, Model, Repeats, Seed, asked_model
 from tools.bench.side_by_side import Timing, check_equal, environment, interleave, ratios, show, spread

@@ -96,6 +96,7 @@ def sampling_params(params: SamplingParams, seed: int) -> Any:
         top_p=params.top_p,
         top_k=params.top_k,
         max_tokens=params.max_tokens,
+        flat_logprobs=True,
         stop=list(params.stop),
         stop_token_ids=list(params.stop_token_ids),
         seed=seed,

@@ -224,8 +224,8 @@ class VLLMEngine:
     def _group(self, prompt: Prompt, output: Any) -> RolloutGroup:
         responses = [
             Sampled(
-                tuple(r.token_ids),
-                tuple(at_token[token].logprob for at_token, token in zip(r.logprobs, r.token_ids, strict=True)),
+                r.token_ids,
+                r.logprobs.logprobs,  # flat: one a token, as no others than the sampled one are asked for
                 r.finish_reason,
                 token_versions([(s.version, s.start, s.end) for s in r.weight_versions or ()], len(r.token_ids)),
                 self._routes

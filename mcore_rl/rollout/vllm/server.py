@@ -179,8 +179,8 @@ class ServerEngine:
     def _group(self, prompt: Prompt, choices: list[dict[str, Any]]) -> RolloutGroup:
         responses = [
             Sampled(
-                tuple(choice["token_ids"]),
-                tuple(at_token["logprob"] for at_token in choice["logprobs"]["content"]),
+                choice["token_ids"],
+                [at_token["logprob"] for at_token in choice["logprobs"]["content"]],
                 choice["finish_reason"],
                 token_versions(
                     [(s["version"], s["start"], s["end"]) for s in choice["weight_versions"] or ()],
