@@ -42,8 +42,13 @@ def read_hf_config(path: str | Path, key: str = "model.path") -> PretrainedConfi
         raise ValueError(f"{file} cannot be used: {error}") from error
 
 
-def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: ParallelLayout) -> TransformerConfig:
+def transformer_config(
+    hf_config: PretrainedConfig, model: ModelConfig, layout: ParallelLayout, use_te: bool = False
+) -> TransformerConfig:
     """Megatron's configuration of this model under this layout.
+
+    Args:
+        use_te: for TransformerEngine's modules.
 
     Raises:
         ValueError: an unsupported architecture or feature (none is ignored), or a layout that does not divide it.
@@ -79,6 +84,7 @@ def transformer_config(hf_config: PretrainedConfig, model: ModelConfig, layout: 
         **_recompute(model),
         **family(hf_config, model.moe_aux_loss_coef),
     )
+    settings["moe_grouped_gemm"] = use_te and "num_moe_experts" in settings
     if hf_config.num_hidden_layers % (layout.pp * layout.vpp):
         settings["pipeline_model_parallel_layout"] = _uneven_pipeline(hf_config.num_hidden_layers, layout)
     make = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
@@ -96,9 +102,8 @@ def build_model(hf_config: PretrainedConfig, model: ModelConfig, groups: Groups)
     configuration of a sequence classifier gives ScoreModels (see `heads.as_scorer`).
     """
     make = partial(ScoreModel, num_labels=hf_config.num_labels) if is_scorer(hf_config) else PolicyModel
-    config = transformer_config(hf_config, model, groups.layout)
     use_te = _use_transformer_engine(model)
-    config.moe_grouped_gemm = use_te and config.num_moe_experts is not None
+    config = transformer_config(hf_config, model, groups.layout, use_te)
     vpp, pp, at = groups.layout.vpp, groups.layout.pp, groups.coords.pp
     chunks = []
     for stage in range(vpp):

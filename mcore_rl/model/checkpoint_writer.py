@@ -40,7 +40,7 @@ from mcore_rl.model.optimizer import Training
 from mcore_rl.parallel.collectives import gather_objects, on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.weights.families import is_scorer
-from mcore_rl.weights.hf_io import copy_description
+from mcore_rl.weights.hf_write import copy_description
 from mcore_rl.weights.stored import POLICY
 
 _NEARLY_NOTHING = 2**16  # bytes

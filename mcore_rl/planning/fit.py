@@ -8,7 +8,8 @@ from mcore_rl.model.build import read_hf_config, transformer_config
 from mcore_rl.model.heads import as_scorer
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.advice import Change, advice
-from mcore_rl.planning.estimate import Estimate, Hardware, Models, estimate
+from mcore_rl.planning.estimate import Estimate, Hardware, Models
+from mcore_rl.planning.needs import estimate
 from mcore_rl.planning.parameters import model_parameters
 from mcore_rl.planning.plan import holds_reference, reference_layout
 from mcore_rl.rollout.placement import resolve

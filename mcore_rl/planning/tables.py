@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mcore_rl.planning.advice import Change
-from mcore_rl.planning.estimate import ASSUMED_PROMPT_TOKENS, Estimate, Place
+from mcore_rl.planning.estimate import Estimate, Place
 from mcore_rl.planning.grid import TRAFFIC, AxisGroups, group_grid, spell
 from mcore_rl.planning.memory import GIB
+from mcore_rl.planning.needs import ASSUMED_PROMPT_TOKENS
 
 WHATS = ("weights", "gradients", "optimizer", "activations", "logits", "KV cache", "workspace", "weight transfer")
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.atomic import to_disk, written_beside
-from mcore_rl.weights.hf_io import check_finite, copy_description, main_dtype, nbytes, save_hf
-from mcore_rl.weights.megatron_io import CheckpointWriter, Param, params_of
+from mcore_rl.weights.hf_read import check_finite
+from mcore_rl.weights.hf_write import copy_description, main_dtype, save_hf
+from mcore_rl.weights.megatron_io import Param, ParamsWriter, params_of
 from mcore_rl.weights.progress import byte_progress
 from mcore_rl.weights.shards import Shard, TensorSpec
 from mcore_rl.weights.stored import StoredWeights, open_weights
@@ -61,9 +62,9 @@ def to_megatron(
     weights, target = _checked(source, out, config_dir)
     layout.validate_model(weights.hf_config)
     specs = _in_dtype(weights, dtype)
-    with written_beside(target, sum(map(nbytes, specs.values()))) as partial:
-        writer = CheckpointWriter(partial, weights.hf_config, layout)
-        with byte_progress("to Megatron", sum(map(nbytes, weights.specs.values()))) as advance:
+    with written_beside(target, sum(spec.nbytes for spec in specs.values())) as partial:
+        writer = ParamsWriter(partial, weights.hf_config, layout)
+        with byte_progress("to Megatron", sum(spec.nbytes for spec in weights.specs.values())) as advance:
             for param, shards in _by_param(weights):
                 for shard in shards:
                     check_finite(shard.hf_name, shard.view)
@@ -91,7 +92,7 @@ def _in_dtype(weights: StoredWeights, dtype: torch.dtype | None) -> dict[str, Te
 
 
 def _tensors(weights: StoredWeights, what: str) -> Iterator[tuple[str, Tensor]]:
-    with byte_progress(what, sum(map(nbytes, weights.specs.values()))) as advance:
+    with byte_progress(what, sum(spec.nbytes for spec in weights.specs.values())) as advance:
         for shards in weights.read():
             for shard in shards:
                 check_finite(shard.hf_name, shard.view)

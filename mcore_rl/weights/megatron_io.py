@@ -234,7 +234,7 @@ def _read_item(key: str, chunk: ChunkStorageMetadata, low: Sequence[int], high: 
     )
 
 
-class CheckpointWriter:
+class ParamsWriter:
     """Writes the parameters of a model as the ranks of `layout` would; one file a rank that owns something.
 
     Args:

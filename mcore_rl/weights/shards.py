@@ -24,6 +24,10 @@ class TensorSpec:
     shape: Shape
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:

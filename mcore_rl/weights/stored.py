@@ -13,14 +13,13 @@ import torch
 from transformers import AutoConfig
 
 from mcore_rl.weights.families import family
-from mcore_rl.weights.hf_io import (
+from mcore_rl.weights.hf_read import (
     check_finite,
     check_hf,
     hf_files,
     is_redundant,
     load_hf,
     map_tensor,
-    nbytes,
     open_safetensors,
 )
 from mcore_rl.weights.megatron_io import METADATA, StoredParams, params_of
@@ -104,7 +103,7 @@ class HFWeights(StoredWeights):
         batch, size = [], 0
         for name in names:
             batch.append(name)
-            size += nbytes(self.specs[name])
+            size += self.specs[name].nbytes
             if size >= _MAPPED_BYTES:
                 yield batch
                 batch, size = [], 0

@@ -20,7 +20,7 @@ from mcore_rl.parallel.collectives import on_rank_0
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.weights.checksums import Checksum, signed
 from mcore_rl.weights.cuts import Box, Factors
-from mcore_rl.weights.hf_io import save_hf
+from mcore_rl.weights.hf_write import save_hf
 from mcore_rl.weights.plan import BUCKET_BYTES, Copy, buckets, parts, plan, refactor
 from mcore_rl.weights.shards import Region, Shard, hf_regions, megatron_shards, owned_boxes
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mcore_rl.weights.hf_io import nbytes
 from mcore_rl.weights.progress import byte_progress
 from mcore_rl.weights.stored import StoredWeights
 
@@ -36,14 +35,14 @@ def compare(a: StoredWeights, b: StoredWeights) -> list[Difference]:
         found += [Difference(name, f"is in {one.folder} only") for name in only]
     common = [name for name in a.specs if name in b.specs]
     digests: dict[str, tuple[bytes, bytes]] = {}
-    with byte_progress("verify", sum(nbytes(a.specs[name]) for name in common)) as advance:
+    with byte_progress("verify", sum(a.specs[name].nbytes for name in common)) as advance:
         for (name, x), (_, y) in zip(_tensors(a, common), _tensors(b, common), strict=True):
             for what in _not_finite(x, a) + _not_finite(y, b):
                 found.append(Difference(name, what))
             if what := _difference(x, y):
                 found.append(Difference(name, what))
                 digests[name] = _digest(x), _digest(y)
-            advance(nbytes(a.specs[name]))
+            advance(a.specs[name].nbytes)
     return [_with_source(difference, digests) for difference in found]
 
 

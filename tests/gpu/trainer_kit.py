@@ -37,7 +37,7 @@ def build(folder: Path, groups: Any, dtype: str, spec: str):
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy
     from mcore_rl.model.optimizer import build_training
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
 
     hf_config = read_hf_config(folder)

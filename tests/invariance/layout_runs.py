@@ -41,7 +41,7 @@ from mcore_rl.step.judging import scored_sample  # noqa: E402
 from mcore_rl.step.scoring import mini_batches_of, score  # noqa: E402
 from mcore_rl.step.updating import update
 from mcore_rl.types import WeightedBatch  # noqa: E402
-from mcore_rl.weights.hf_io import load_hf  # noqa: E402
+from mcore_rl.weights.hf_read import load_hf  # noqa: E402
 from mcore_rl.weights.shards import megatron_shards  # noqa: E402
 from mcore_rl.weights.sync import WeightExporter  # noqa: E402
 

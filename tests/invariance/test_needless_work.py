@@ -17,7 +17,7 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.roles.models import Models
 from mcore_rl.step import batches, scoring, updating
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 
 

@@ -25,7 +25,7 @@ def reshard_between(case: dict, groups) -> None:
     from mcore_rl.model.heads import as_scorer
     from mcore_rl.parallel import groups as process_groups
     from mcore_rl.parallel.layout import ParallelLayout
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.plan import plan_between
     from mcore_rl.weights.reshard import reshard
     from mcore_rl.weights.shards import megatron_shards

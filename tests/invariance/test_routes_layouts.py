@@ -49,7 +49,7 @@ def run_case(case: dict, groups) -> None:
     from mcore_rl.model.optimizer import build_training
     from mcore_rl.step.batches import deal
     from mcore_rl.step.scoring import mini_batches_of
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter
 

@@ -32,7 +32,7 @@ def round_trip(case: dict, groups) -> None:
     from mcore_rl.config import ModelConfig
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.weights.checksums import checksum
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import Shard, megatron_shards
     from mcore_rl.weights.sync import WeightExporter, export_hf
 

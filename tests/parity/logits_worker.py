@@ -23,7 +23,7 @@ from mcore_rl.model.heads import PolicyModel
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 
 # after mcore_rl.parallel, which installs the CPU backend

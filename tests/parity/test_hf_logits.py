@@ -21,7 +21,7 @@ from mcore_rl.model.build import build_model, read_hf_config
 from mcore_rl.model.heads import PackedSeqParams, PolicyModel
 from mcore_rl.parallel import groups
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 
 TOLERANCE = 1e-5

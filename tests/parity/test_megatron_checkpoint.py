@@ -39,7 +39,7 @@ def save_and_load(case: dict, groups) -> None:
     from mcore_rl.config import ModelConfig
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.checkpoint import _metadata
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.stored import load_weights
 

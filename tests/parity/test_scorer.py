@@ -12,7 +12,7 @@ from mcore_rl.model.forward import Scorer, forward_only
 from mcore_rl.model.heads import as_scorer
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 
 

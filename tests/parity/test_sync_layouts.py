@@ -60,7 +60,7 @@ def sync_case(case: dict, groups) -> None:
     from mcore_rl.parallel.collectives import on_rank_0_only
     from mcore_rl.rollout.transfer.transfer import connect
     from mcore_rl.step.syncing import probe_difference
-    from mcore_rl.weights.hf_io import load_hf
+    from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards
     from mcore_rl.weights.sync import WeightExporter
 

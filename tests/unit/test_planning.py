@@ -13,10 +13,11 @@ from transformers import Qwen3Config, Qwen3MoeConfig
 from mcore_rl.config import ModelConfig, OptimizerConfig, ParallelConfig, load_config, parse_config
 from mcore_rl.model.build import transformer_config
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.planning.estimate import RESERVE, Hardware
+from mcore_rl.planning.estimate import Hardware
 from mcore_rl.planning.fit import plan_run
 from mcore_rl.planning.grid import group_grid, spell
 from mcore_rl.planning.memory import GIB, activations, trained_state
+from mcore_rl.planning.needs import RESERVE
 from mcore_rl.planning.parameters import buffer_numel, held_parameters, model_parameters
 from mcore_rl.planning.tables import as_json, show
 from tools.bench.models import QWEN3_30B

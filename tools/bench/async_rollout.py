@@ -31,6 +31,7 @@ from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_ro
 from mcore_rl.step.scoring import score
 from mcore_rl.step.syncing import sync_weights
 from mcore_rl.step.updating import update
+from tools.bench.options import Json, Repeats, Seed
 from tools.bench.side_by_side import check_equal, environment, quiet_stdout, ratios, show, spread
 from tools.make_demo_model import make_demo_model
 
@@ -155,9 +156,9 @@ def main(
         int, typer.Option(min=1, help="of a response; the mean of the random model is about 20")
     ] = 64,
     steps: Annotated[int, typer.Option(min=3, help="of a block; all but the first and last are measured")] = 6,
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Asynchronous against synchronous rollouts, one trainer rank and one engine of one thread each."""
     sizes = dict(prompts=prompts, max_tokens=max_tokens, steps=steps, repeats=repeats, seed=seed)

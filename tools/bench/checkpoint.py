@@ -24,10 +24,10 @@ from mcore_rl.model.optimizer import Training, build_training, torch_optimizers
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
-from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import Timing, check_equal, environment, quiet_stdout, ratios, show, spread
+from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.side_by_side import Timing, check_equal, environment, ratios, show, spread
 
 _PIECE = 1 << 24  # bytes
 
@@ -130,19 +130,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "50M",
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Model = "50M",
+    repeats: Repeats = 5,
+    seed: Seed = 0,
     folder: Annotated[Path | None, typer.Option(help="on the disk to measure; default: the temporary one")] = None,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    json: Json = False,
 ) -> None:
     """Weights and Adam's state of one rank to the disk and back."""
     work = dict(repeats=repeats, seed=seed)
-    try:
-        with quiet_stdout(), model_folder(model, seed) as source, TemporaryDirectory(dir=folder) as out:
-            result = measure(source, Path(out), **work)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    with asked_model(model, seed) as source, TemporaryDirectory(dir=folder) as out:
+        result = measure(source, Path(out), **work)
     show(result | {"settings": dict(model=model) | work}, json)
 
 

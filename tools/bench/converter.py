@@ -12,18 +12,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import typer
 
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.atomic import to_disk
 from mcore_rl.weights.convert import to_hf, to_megatron
-from mcore_rl.weights.hf_io import nbytes
 from mcore_rl.weights.stored import open_weights
 from mcore_rl.weights.verify import compare
-from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import check_equal, environment, interleave, quiet_stdout, ratios, show, spread
+from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.side_by_side import check_equal, environment, interleave, ratios, show, spread
 
 LAYOUT = ParallelLayout(tp=2, pp=2, dp=2, ep=4)
 # in a process of its own: its peak of resident memory over what the imports hold, files that it has mapped included
@@ -59,7 +57,7 @@ def resident(field: str) -> int:
 def measure(hf: Path, folder: Path, repeats: int) -> dict:
     """Check, then time; see docs/benchmarks.md for the keys."""
     started, specs = environment(), open_weights(hf).specs
-    size = sum(map(nbytes, specs.values()))
+    size = sum(spec.nbytes for spec in specs.values())
     paths = {"to_megatron": (hf, folder / "megatron"), "to_hf": (folder / "megatron", folder / "hf")}
     paths["verify"] = (hf, folder / "megatron")
     jobs = {name: (name, str(source), str(out)) for name, (source, out) in paths.items()}
@@ -82,7 +80,7 @@ def measure(hf: Path, folder: Path, repeats: int) -> dict:
         rows[name]["cpu_seconds"] = spread(timings[name].cpu_s)
     wall = {name: timing.wall_s for name, timing in timings.items()}
     memory = {name: _peak(job) for name, job in jobs.items()}
-    largest = max(map(nbytes, specs.values()))
+    largest = max(spec.nbytes for spec in specs.values())
     return {
         "benchmark": "converter",
         "contenders": rows,
@@ -112,13 +110,13 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "50M",
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    model: Model = "50M",
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """HF -> Megatron (8 ranks), Megatron -> HF and their comparison, beside `cp -r` and fsync of the HF folder."""
-    with quiet_stdout(), model_folder(model, seed) as hf, TemporaryDirectory(prefix="mcore_rl_bench_") as folder:
+    with asked_model(model, seed) as hf, TemporaryDirectory(prefix="mcore_rl_bench_") as folder:
         result = measure(hf, Path(folder), repeats)
     result["work"]["layout"] = str(LAYOUT)
     settings = dict(model=model, repeats=repeats, seed=seed)

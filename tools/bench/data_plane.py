@@ -34,6 +34,7 @@ from mcore_rl.planning.plan import world_size
 from mcore_rl.step.batches import Share, share_of_step
 from mcore_rl.step.scoring import MiniBatches, mini_batches_of
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory, WeightedBatch
+from tools.bench.options import Json, Seed
 from tools.bench.side_by_side import environment
 
 GROUP, PROMPT_TOKENS, LONGEST = 8, 64, 1024
@@ -142,8 +143,8 @@ def main(
     ranks: Annotated[int, typer.Option(min=1)] = 4,
     objects: Annotated[bool, typer.Option(help="also as tuples of Python numbers that every rank receives")] = True,
     repeats: Annotated[int, typer.Option(min=1, help="the fastest counts")] = 3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    seed: Seed = 0,
+    json: Json = False,
     rank: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Seconds and memory between a generated rollout and packed micro-batches on every rank."""

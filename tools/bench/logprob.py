@@ -17,6 +17,7 @@ import typer
 from torch import Tensor
 
 from mcore_rl.functional.logprob import token_logprobs
+from tools.bench.options import Json, Repeats, Seed
 from tools.bench.side_by_side import check_equal, device_peak_bytes, environment, interleave, show, throughput
 
 MAX_RELATIVE_DIFF = 1e-5
@@ -91,9 +92,9 @@ def main(
         256,
         1024,
     ],
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Log-probs and entropies with their gradients, in chunks against all logits at once, in fp32."""
     work = dict(tokens=tokens, hidden_size=hidden_size, vocab=vocab, chunks=list(chunks), repeats=repeats, seed=seed)

@@ -16,8 +16,8 @@ import typer
 from mcore_rl.model.build import read_hf_config
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
-from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import check_equal, environment, interleave, quiet_stdout, show, throughput
+from tools.bench.options import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
+from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
 from tools.bench.train_step import megatron_side, random_samples, relative_differences
 
 
@@ -60,23 +60,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
-    sequences: Annotated[int, typer.Option(min=1, help="of one update")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    response_tokens: Annotated[int, typer.Option(min=1, help="of the longest; the shortest has a quarter")] = 128,
+    model: Model = "10M",
+    sequences: Sequences = 64,
+    prompt_tokens: PromptTokens = 32,
+    response_tokens: ResponseTokens = 128,
     budget: Annotated[int, typer.Option(min=1, help="positions of a micro-batch, padding included")] = 2048,
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """A GRPO update of packed against padded sequences, in fp32 on one thread (OMP_NUM_THREADS changes it)."""
     work = dict(num_sequences=sequences, prompt_tokens=prompt_tokens, response_tokens=response_tokens, budget=budget)
     work |= dict(repeats=repeats, seed=seed)
-    try:
-        with quiet_stdout(), model_folder(model, seed) as folder:
-            result = measure(folder, **work)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    with asked_model(model, seed) as folder:
+        result = measure(folder, **work)
     show(result | {"settings": dict(model=model) | work}, json)
 
 

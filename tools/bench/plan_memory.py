@@ -31,11 +31,11 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.planning.memory import activations, trained_state
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import device_peak_bytes, quiet_stdout
+from tools.bench.options import Json, Model, asked_model
+from tools.bench.side_by_side import device_peak_bytes
 
 CHUNK_TOKENS = 256
 VARIANTS = [(dtype, recompute) for dtype in ("float32", "bfloat16") for recompute in ("none", "selective", "full")]
@@ -143,14 +143,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
+    model: Model = "10M",
     sequences: Annotated[int, typer.Option(min=1, help="in one micro-batch")] = 16,
     length: Annotated[int, typer.Option(min=0, help="tokens of each; 0: 96 to 160")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    json: Json = False,
 ) -> None:
     """Predicted and measured bytes of one update on one rank, by dtype and recomputation."""
     lengths = [length or 96 + 37 * i % 65 for i in range(sequences)]
-    with quiet_stdout(), model_folder(model, seed=0) as folder:
+    with asked_model(model, seed=0) as folder:
         groups = process_groups.init(ParallelLayout(), timeout_s=60, seed=0)
         try:
             found = {" ".join(v): measure(folder, groups, *v, lengths) for v in VARIANTS}

@@ -20,8 +20,9 @@ from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
-from tools.bench.models import EXPERTS, SIZES, load_hf_model, model_folder, random_prompts
-from tools.bench.side_by_side import check_equal, environment, fastest, interleave, quiet_stdout, show, throughput
+from tools.bench.models import EXPERTS, load_hf_model, random_prompts
+from tools.bench.options import Json, Model, PromptTokens, Repeats, Seed, asked_model
+from tools.bench.side_by_side import check_equal, environment, fastest, interleave, show, throughput
 
 MAX_LOGPROB_DIFF = 1e-4
 CHECKED_PROMPTS = 8
@@ -100,21 +101,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
+    model: Model = "10M",
     prompts: Annotated[int, typer.Option(min=1, help="sequences of one batch")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    prompt_tokens: PromptTokens = 32,
     response_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """vLLM against transformers' generate, tokens a second, in fp32 on one thread (OMP_NUM_THREADS changes it)."""
     settings = dict(model=model, prompts=prompts, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
-    try:
-        with quiet_stdout(), model_folder(model, seed) as folder:
-            result = measure(folder, prompts, prompt_tokens, response_tokens, repeats, seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    with asked_model(model, seed) as folder:
+        result = measure(folder, prompts, prompt_tokens, response_tokens, repeats, seed)
     show(result | {"settings": settings | dict(repeats=repeats, seed=seed)}, json)
 
 

@@ -21,11 +21,11 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import Prompt, SamplingParams, WeightedBatch
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import SIZES, model_folder
-from tools.bench.side_by_side import check_equal, environment, interleave, quiet_stdout, show, throughput
+from tools.bench.options import Json, Model, PromptTokens, Repeats, Seed, asked_model
+from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
 from tools.bench.train_step import ALGORITHM, OPTIMIZER, random_samples
 
 MICRO_BATCH_TOKENS = 1024
@@ -134,24 +134,21 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
+    model: Model = "10M",
     sequences: Annotated[int, typer.Option(min=1, help="of one update, or prompts of one rollout")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    prompt_tokens: PromptTokens = 32,
     response_tokens: Annotated[int, typer.Option(min=1, help="of the longest")] = 128,
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
     engine: Annotated[
         bool, typer.Option("--engine", help="the rollout engine's share instead of the trainer's")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    json: Json = False,
 ) -> None:
     """Routing replay, R2 and R3, against none, in fp32 on one thread (OMP_NUM_THREADS changes it)."""
     lengths: Sequence[int] = (sequences, prompt_tokens, response_tokens)
-    try:
-        with quiet_stdout(), model_folder(model, seed) as folder:
-            result = (measure_engine if engine else measure)(folder, *lengths, repeats, seed)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    with asked_model(model, seed) as folder:
+        result = (measure_engine if engine else measure)(folder, *lengths, repeats, seed)
     names = ("sequences", "prompt_tokens", "response_tokens")
     settings = dict(model=model, engine=engine) | dict(zip(names, lengths)) | dict(repeats=repeats, seed=seed)
     show(result | {"settings": settings}, json)

@@ -27,11 +27,12 @@ from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.types import PackedBatch
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import EXPERTS, SIZES, load_hf_model, model_folder
-from tools.bench.side_by_side import check_equal, environment, fastest, interleave, quiet_stdout, show, throughput
+from tools.bench.models import EXPERTS, load_hf_model
+from tools.bench.options import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
+from tools.bench.side_by_side import check_equal, environment, fastest, interleave, show, throughput
 
 MAX_RELATIVE_DIFF = {"float32": 1e-5, "bfloat16": 0.05}  # in bf16 rounding flips experts
 OPTIMIZER = OptimizerConfig(lr=1e-5)
@@ -259,14 +260,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
-    sequences: Annotated[int, typer.Option(min=1, help="of one update")] = 64,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 32,
-    response_tokens: Annotated[int, typer.Option(min=1, help="of the longest; the shortest has a quarter")] = 128,
+    model: Model = "10M",
+    sequences: Sequences = 64,
+    prompt_tokens: PromptTokens = 32,
+    response_tokens: ResponseTokens = 128,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of weights and arithmetic")] = "float32",
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    repeats: Repeats = 5,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """A GRPO update, Megatron against plain PyTorch, on one thread (OMP_NUM_THREADS changes it) or a GPU.
 
@@ -274,13 +275,10 @@ def main(
     """
     work = dict(num_sequences=sequences, prompt_tokens=prompt_tokens, response_tokens=response_tokens, dtype=dtype)
     work |= dict(repeats=repeats, seed=seed)
-    try:
-        if dtype not in MAX_RELATIVE_DIFF:
-            raise ValueError(f"--dtype {dtype!r}: must be one of {', '.join(MAX_RELATIVE_DIFF)}")
-        with quiet_stdout(), model_folder(model, seed) as folder:
-            result = measure(folder, **work)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    if dtype not in MAX_RELATIVE_DIFF:
+        raise SystemExit(f"error: --dtype {dtype!r}: must be one of {', '.join(MAX_RELATIVE_DIFF)}")
+    with asked_model(model, seed) as folder:
+        result = measure(folder, **work)
     show(result | {"settings": dict(model=model) | work}, json)
 
 

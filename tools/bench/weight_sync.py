@@ -30,12 +30,13 @@ from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.transfer.transfer import connect
 from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import RolloutGroup, SamplingParams
-from mcore_rl.weights.hf_io import load_hf
+from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter, export_hf
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import SIZES, model_folder, random_prompts
-from tools.bench.side_by_side import Timing, check_equal, environment, interleave, quiet_stdout, ratios, show, spread
+from tools.bench.models import random_prompts
+from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.side_by_side import Timing, check_equal, environment, interleave, ratios, show, spread
 
 MAX_PATH_DIFF = 1e-5  # of log-probs, between the paths
 MAX_TRAINER_DIFF = 1e-4  # between engine and trainer
@@ -202,21 +203,18 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    model: Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")] = "10M",
-    repeats: Annotated[int, typer.Option(min=1, help="measured rounds")] = 5,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    model: Model = "10M",
+    repeats: Repeats = 5,
+    seed: Seed = 0,
     placement: Annotated[str, typer.Option(help="of the engine: child, in_process or both")] = "both",
-    json: Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")] = False,
+    json: Json = False,
 ) -> None:
     """A full weight update in fp32, with its checks; OMP_NUM_THREADS threads (default 1) in trainer and engine each."""
     if placement not in ("both", *PLACEMENTS):
         raise SystemExit(f"error: --placement {placement!r}; use both, {' or '.join(PLACEMENTS)}")
     placements = PLACEMENTS if placement == "both" else (placement,)
-    try:
-        with quiet_stdout(), model_folder(model, seed) as folder:
-            result = measure(folder, repeats, seed, placements)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+    with asked_model(model, seed) as folder:
+        result = measure(folder, repeats, seed, placements)
     show(result | {"settings": dict(model=model, repeats=repeats, seed=seed, placement=placement)}, json)
 
 

@@ -60,16 +60,14 @@ def test_what_does_not_exist_is_left_out():
 
 
 def test_alarms_are_logged_and_told_once(capsys):
-    def run(log):
-        return SimpleNamespace(log=log, plan=SimpleNamespace(config=SimpleNamespace(name="mine")))
-
+    first, second = SimpleNamespace(rank=0), SimpleNamespace(rank=1)
     found = summary(tokens(), num_experts=4)  # chi is 4
-    assert router_alarms(run(object()), found, 7) == {"moe/alarm_level": 2.0}
+    assert router_alarms("mine", first, found, 7) == {"moe/alarm_level": 2.0}
     told = capsys.readouterr().out
     assert "mine: routers unstable: step 7: moe/gamma_below_0.7 = 0.5" in told
     assert "mine: routers watch: step 7: moe/chi = 4" in told and "Try algorithm.name=gspo" in told
-    assert router_alarms(run(None), found | {"mismatch/k3": 0.5}, 7) == {"moe/alarm_level": 2.0}
+    assert router_alarms("mine", second, found | {"mismatch/k3": 0.5}, 7) == {"moe/alarm_level": 2.0}
     assert not capsys.readouterr().out  # other ranks are silent
-    assert router_alarms(run(object()), {"mismatch/k3": 0.5}, 7) == {}  # not a step that was looked at
+    assert router_alarms("mine", first, {"mismatch/k3": 0.5}, 7) == {}  # not a step that was looked at
     quiet = {name: value for name, value in found.items() if name == "moe/router_entropy"} | {"moe/flip_any": 0.1}
-    assert router_alarms(run(object()), quiet, 7) == {"moe/alarm_level": 0.0}
+    assert router_alarms("mine", first, quiet, 7) == {"moe/alarm_level": 0.0}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mcore_rl.weights import hf_io
-from mcore_rl.weights.hf_io import check_hf, hf_files, load_hf, save_hf
+from mcore_rl.weights.hf_read import INDEX, check_hf, hf_files, load_hf
+from mcore_rl.weights.hf_write import save_hf
 from mcore_rl.weights.shards import hf_shapes, hf_shards
 
 
@@ -66,7 +66,7 @@ def test_several_files_with_an_index(tiny_moe_dir, tmp_path):
     assert len(files) > 2
     assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     assert all(file.stat().st_size < 420_000 for file in files)
-    index = json.loads((out / hf_io.INDEX).read_text())
+    index = json.loads((out / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(4 * x.numel() for x in original.values())
     tensors, shards = empty_like_model(config)
     load_hf(out, shards)
@@ -214,7 +214,7 @@ def test_integer_tensor(broken):
     ],
 )
 def test_corrupt_index(index, message, broken):
-    (broken / hf_io.INDEX).write_text(index)
+    (broken / INDEX).write_text(index)
     check_both(broken, message)
 
 
@@ -222,5 +222,5 @@ def test_index_that_points_at_the_wrong_file(broken):
     names = read_folder(broken)
     save_file({"other": torch.zeros(1)}, broken / "other.safetensors")
     weight_map = dict.fromkeys(names, "model.safetensors") | {EXPERT: "other.safetensors"}
-    (broken / hf_io.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (broken / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     check_both(broken, rf"'{EXPERT}' in '.*other.safetensors', but the file does not hold it")
