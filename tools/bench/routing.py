@@ -31,6 +31,18 @@ from tools.bench.train_step import ALGORITHM, OPTIMIZER, random_samples
 MICRO_BATCH_TOKENS = 1024
 
 
+def scored_before(policy: Policy, batches: list[WeightedBatch], mode: str) -> list[WeightedBatch]:
+    """With the old log-probs, and the routes that a mode takes."""
+    if mode == "rollout":
+        batches = [replace(b, expert_ids=b.rollout_expert_ids) for b in batches]
+    if mode == "old":
+        outputs, taken = forward_recorded(policy, batches)
+        batches = [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, taken)]
+    else:
+        outputs = forward_only(policy, batches)
+    return [replace(b, old_logprobs=o.logprobs) for b, o in zip(batches, outputs)]
+
+
 def measure(
     folder: Path, num_sequences: int, prompt_tokens: int, response_tokens: int, repeats: int, seed: int
 ) -> dict:
@@ -48,15 +60,7 @@ def measure(
         packed = [b.to(groups.device) for b in pack_mini_batch(samples, ALGORITHM, **shape)]
 
         def gradients(policy: Policy, mode: str) -> list[WeightedBatch]:
-            batches = batches_of_engine
-            if mode == "rollout":
-                batches = [replace(b, expert_ids=b.rollout_expert_ids) for b in batches]
-            if mode == "old":
-                outputs, taken = forward_recorded(policy, batches)
-                batches = [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, taken)]
-            else:
-                outputs = forward_only(policy, batches)
-            batches = [replace(b, old_logprobs=o.logprobs) for b, o in zip(batches, outputs)]
+            batches = scored_before(policy, batches_of_engine, mode)
             training.zero_grad()
             forward_backward(policy, batches, ALGORITHM.loss)
             return batches
