@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from mcore_rl.data.real_fake import DiscriminatorState
 from mcore_rl.data.stored_rollouts import read_rollouts, write_rollouts
 from mcore_rl.model.forward import Policy
-from mcore_rl.model.optimizer import Training, torch_optimizers
+from mcore_rl.model.optimizer import Training, torch_optimizers, use_fused_kernels
 from mcore_rl.parallel.groups import Groups
 from mcore_rl.types import BatchAhead, RolloutGroup
 
@@ -127,6 +127,7 @@ def _load(folder: Path, training: Training, groups: Groups) -> Progress:
     for i, chunk in enumerate(training.chunks):
         chunk.module.load_state_dict(state[f"model{i}"], strict=True)
     training.optimizer.load_state_dict(state["optimizer"])
+    use_fused_kernels(training.optimizer)
     if training.host is not None:
         training.host.park()
     training.scheduler.load_state_dict(state["scheduler"])

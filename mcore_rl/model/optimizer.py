@@ -52,6 +52,17 @@ def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
+def use_fused_kernels(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update all parameters of the CPU by one kernel; to be repeated when its groups were loaded.
+
+    There torch itself goes through the parameters one by one: it chooses its fused and foreach kernels on GPUs only.
+    """
+    for inner in torch_optimizers(optimizer):
+        if isinstance(inner, torch.optim.Adam):
+            for group in inner.param_groups:
+                group["fused"] = all(p.device.type == "cpu" for p in group["params"]) or None
+
+
 def optimizer_state(optimizer: MegatronOptimizer, chunks: Sequence[Module], device: torch.device) -> HostMemory:
     """Of a trained model's optimizer: its moments, and main weights that are no views of the model's own."""
     of_model = {p.untyped_storage().data_ptr() for chunk in chunks for p in chunk.parameters()}
@@ -108,6 +119,7 @@ def build_training(
         ),
         wrapped,
     )
+    use_fused_kernels(megatron_optimizer)
     scheduler = OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=0.0,

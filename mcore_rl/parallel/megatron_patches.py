@@ -37,6 +37,21 @@ def no_compile(jit: ModuleType) -> None:
     jit.disable_jit_fuser()
 
 
+@_patches("megatron.core.utils")
+def norms_of_all_at_once(utils: ModuleType) -> None:
+    """utils.py:1205,1214 take a norm and a product a tensor, and a number out of each, where apex and TransformerEngine
+    have one kernel for all; torch's foreach functions are that kernel here."""
+
+    def l2_norm(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], per_tensor: bool, *args):
+        norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
+        return torch.linalg.vector_norm(norms).float().view(1), None
+
+    def scale(chunk_size: int, noop_flag: Tensor, tensor_lists: list[list[Tensor]], factor) -> None:
+        torch._foreach_copy_(tensor_lists[1], torch._foreach_mul(tensor_lists[0], factor))
+
+    utils.local_multi_tensor_l2_norm, utils.local_multi_tensor_scale = l2_norm, scale
+
+
 @_patches("megatron.core.tensor_parallel.random")
 def cpu_generator(random: ModuleType) -> None:
     """random.py:41,72 read and write a CUDA generator, through torch._C where torch was built with CUDA."""
@@ -152,7 +167,14 @@ def written_in_this_process(filesystem_async: ModuleType) -> None:
     filesystem_async._get_write_results_queue = queue.Queue
 
 
-WITHOUT_CUDA: tuple[Patch, ...] = (no_compile, cpu_generator, splits_as_numpy, uneven_gather, written_in_this_process)
+WITHOUT_CUDA: tuple[Patch, ...] = (
+    no_compile,
+    norms_of_all_at_once,
+    cpu_generator,
+    splits_as_numpy,
+    uneven_gather,
+    written_in_this_process,
+)
 WITHOUT_TRANSFORMER_ENGINE: tuple[Patch, ...] = (
     router_gemm,
     latent_attention_linear,
