@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -39,9 +39,13 @@ class LayoutConfig(Section):
     etp: int = Field(1, ge=1)  # expert tensor
 
 
+Threads = Annotated[int, Field(ge=1)] | Literal["auto"]  # auto: the cores, see planning/threads.py
+
+
 class ParallelConfig(LayoutConfig):
     distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False  # gradients are reduced over data-parallel ranks while the backward pass goes on
+    threads: Threads = "auto"  # CPU: of each rank
     timeout_s: float = Field(600, gt=0)  # a collective that waits longer ends the run with a message
 
 
@@ -85,6 +89,7 @@ class RolloutConfig(Section):
     max_staleness: int = Field(0, ge=0)  # weight updates between sampling a token and training on it; 0: synchronous
     partial: bool = False  # responses in flight at a weight update go on under the new weights; else it waits for them
     kv_cache_gb: float = Field(0.5, gt=0)  # CPU
+    threads: Threads = "auto"  # CPU: of each worker of an engine in a process of its own
     return_routes: bool = False  # every response comes with its experts; moe.routing_replay=rollout does it anyway
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)  # GPU
     sleep: bool = False  # GPU: the engine gives its memory to the trainer while that works
@@ -99,6 +104,7 @@ class WeightSyncConfig(Section):
         8, ge=0
     )  # sequences generated after each sync and scored by the trainer; 0: not verified
     probe_tokens: int = Field(16, ge=1)
+    probe_every: int = Field(10, ge=1)  # syncs between probes; also where mismatch/abs_max is above max_logprob_diff
     check_packing_every: int = Field(16, ge=1)  # syncs in which each packed matrix is probed once; the first probes all
     max_logprob_diff: float = Field(1e-3, gt=0)  # above it the run stops; bf16 needs about 1.0
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+
+import torch
 
 from mcore_rl.config import RunConfig, dump_config
 from mcore_rl.launch import RunFailure, exit_code, tell
@@ -17,6 +20,7 @@ from mcore_rl.parallel.collectives import on_rank_0_only, require_equal
 from mcore_rl.parallel.groups import Groups, explain_timeouts
 from mcore_rl.planning.lint import lint
 from mcore_rl.planning.plan import Plan, holds_reference, returns_routes, rollout_sampling, total_updates
+from mcore_rl.planning.threads import Threads, cpu_threads
 from mcore_rl.roles.critic import critic_training
 from mcore_rl.roles.discriminator import discriminator_training
 from mcore_rl.roles.models import Models
@@ -55,6 +59,7 @@ def open_run(plan: Plan) -> Iterator[Run]:
     """Start process groups, model, optimizer, engine and logs; close all of them whatever happens."""
     config = plan.config
     with ExitStack() as stack, _failure_told_first(), explain_timeouts(config.parallel.timeout_s):
+        torch.set_num_threads(local_threads(config).ranks)
         groups = process_groups.init(plan.layout, config.parallel.timeout_s, config.seed)
         stack.callback(process_groups.destroy)
         require_equal(groups, "the configuration", dump_config(config))
@@ -83,6 +88,11 @@ def _load_start(config: RunConfig, models: Models, groups: Groups) -> Progress:
     """Loads the newest checkpoint into the models, where there is one."""
     frozen = following(config, models.reference)
     return load_checkpoint(config.run_dir / "checkpoints", models.trained, groups, frozen) or Progress()
+
+
+def local_threads(config: RunConfig) -> Threads:
+    """Of this host's processes."""
+    return cpu_threads(config, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def load_models(plan: Plan, groups: Groups) -> Models:
@@ -130,6 +140,7 @@ def open_plan_engine(plan: Plan) -> RolloutEngine:
         world_size=plan.layout.world_size,
         seed=config.seed,
         return_routes=returns_routes(config),
+        threads=local_threads(config).engine,
     )
 
 
@@ -141,7 +152,9 @@ def _open_log(plan: Plan, start: Progress) -> RunLog:
 def _tell_start(plan: Plan, models: Models, start: Progress) -> None:
     config = plan.config
     header = router_header(config, models.trained["policy"].chunks[0].config)
-    for line in filter(None, (header, *lint(config, plan.algorithm))):
+    threads = local_threads(config)
+    cores = "" if torch.cuda.is_available() else f"threads: {threads.ranks} a rank, {threads.engine} an engine worker"
+    for line in filter(None, (header, cores, *lint(config, plan.algorithm))):
         print(line, flush=True)
     if config.resume:
         where = f"continues after step {start.step}" if start.step else "has no checkpoint, begins at step 0"

@@ -30,7 +30,7 @@ from mcore_rl.step.discriminating import update_discriminator, warm_up_discrimin
 from mcore_rl.step.evaluating import evaluate
 from mcore_rl.step.reference import with_reference
 from mcore_rl.step.scoring import score
-from mcore_rl.step.syncing import rest_engine, sync_weights
+from mcore_rl.step.syncing import probe_is_due, rest_engine, sync_weights
 from mcore_rl.step.updating import adapt_kl, update
 from mcore_rl.step.watching import router_alarms, router_metrics, watch_routers
 from mcore_rl.weights.sync import export_hf
@@ -74,7 +74,8 @@ def train(config: RunConfig) -> Path:
                     finish_rollouts(plan, groups, rollouts)
                 if rl or due_or_last(config, config.evaluate.every, done.step):
                     with timers("sync"):
-                        metrics |= sync_weights(plan, groups, policy, engine, transfer, done.policy_version)
+                        due_now = probe_is_due(config.weight_sync, done.policy_version, metrics)
+                        metrics |= sync_weights(plan, groups, policy, engine, transfer, done.policy_version, due_now)
                 if due_or_last(config, config.evaluate.every, done.step):
                     with timers("evaluate"):
                         metrics |= evaluate(plan, groups, models, engine)

@@ -94,7 +94,7 @@ def tiny(folder: Path, model: Path, /, **sections: Any) -> dict[str, Any]:
         "batch": {"prompts_per_step": 4},
         "optimizer": {"lr": 1e-3},
         "rollout": {"group_size": 2, "max_response_tokens": 8, "kv_cache_gb": 0.05},
-        "weight_sync": {"probe_prompts": 2, "probe_tokens": 4},
+        "weight_sync": {"probe_prompts": 2, "probe_tokens": 4, "probe_every": 1},
         "evaluate": {"every": 1, "prompts": 8},
         "logging": {"tensorboard": False, "report": False},
     }

@@ -8,6 +8,7 @@ import typer
 
 from mcore_rl.cli import runs, sampling, weights
 from mcore_rl.launch import exit_code, tell
+from mcore_rl.planning.threads import ASKED
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 for group in (runs, sampling, weights):
@@ -20,8 +21,8 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: instead of those of the process.
     """
-    # as torchrun does: threads of several processes on the same cores wait for each other, up to 30 times slower
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "OMP_NUM_THREADS" not in os.environ:  # as torchrun does: a run sets its threads when it knows its processes
+        os.environ |= {"OMP_NUM_THREADS": "1", ASKED: "auto"}
     try:
         app(arguments)
     except Exception as error:  # noqa: BLE001  told in words or with its traceback

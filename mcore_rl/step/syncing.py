@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from mcore_rl.config import WeightSyncConfig
 from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.model.forward import Policy, forward_only
 from mcore_rl.parallel.collectives import max_abs_over_ranks, on_rank_0
@@ -25,6 +26,13 @@ def rest_engine(plan: Plan, groups: Groups, engine: RolloutEngine | None) -> Non
         on_rank_0(groups, lambda: engine.sleep())  # every rank waits: the engine may be on its GPU too
 
 
+def probe_is_due(config: WeightSyncConfig, version: int, metrics: Metrics) -> bool:
+    """Whether a sync ends with a probe: the first, every `probe_every`-th, and where the step before it saw trainer and
+    engine differ by more than a probe allows, or by what is no number."""
+    seen = metrics.get("mismatch/abs_max", 0.0)
+    return version % config.probe_every == 0 or not seen <= config.max_logprob_diff
+
+
 def sync_weights(
     plan: Plan,
     groups: Groups,
@@ -32,9 +40,10 @@ def sync_weights(
     engine: RolloutEngine | None,
     transfer: WeightTransfer | None,
     version: int,
+    probe: bool = True,
 ) -> Metrics:
-    """Send the policy to the engine, which checks that every tensor arrived, then see that both give the same log-probs
-    on a probe batch.
+    """Send the policy to the engine, which checks that every tensor arrived, then, with `probe`, see that both give the
+    same log-probs on a probe batch.
 
     Where two experts are chosen within rounding of each other, trainer and engine may differ although their weights are
     the same, on a few sequences in thousands; so a probe that fails is repeated with others: wrong weights fail again.
@@ -52,7 +61,7 @@ def sync_weights(
     seconds = transfer.send(version)
     metrics = {"weight_sync/seconds": time.perf_counter() - start}
     metrics |= {f"weight_sync/seconds_{phase}": taken for phase, taken in seconds.items()}
-    if config.weight_sync.probe_prompts == 0:
+    if config.weight_sync.probe_prompts == 0 or not probe:
         return metrics
     allowed, diffs = config.weight_sync.max_logprob_diff, []
     while not diffs or not diffs[-1] <= allowed:

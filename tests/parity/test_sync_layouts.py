@@ -57,8 +57,8 @@ def sync_case(case: dict, groups) -> None:
     from mcore_rl.config import BatchConfig, ModelConfig, RolloutConfig, WeightSyncConfig
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.model.forward import Policy
+    from mcore_rl.parallel.collectives import on_rank_0_only
     from mcore_rl.rollout.transfer.transfer import connect
-    from mcore_rl.run import on_rank_0_only
     from mcore_rl.step.syncing import probe_difference
     from mcore_rl.weights.hf_read import load_hf
     from mcore_rl.weights.shards import megatron_shards

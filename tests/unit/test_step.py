@@ -8,7 +8,7 @@ import torch
 from loss_batches import cut, make_batch, make_output
 
 from mcore_rl.algorithms import available, load
-from mcore_rl.config import parse_config
+from mcore_rl.config import WeightSyncConfig, parse_config
 from mcore_rl.data.sequences import Sample, Sequences
 from mcore_rl.parallel.collectives import max_abs_over_ranks
 from mcore_rl.parallel.layout import ParallelLayout
@@ -96,3 +96,12 @@ def test_explained_variance_is_that_of_the_whole_rollout_however_it_is_cut():
     assert of_parts["critic/explained_variance"] == pytest.approx(want.item(), rel=1e-12)
     alone = [advised_batches(ppo, one_rank(), [part])[1]["critic/explained_variance"] for part in parts]
     assert abs(sum(alone) / len(alone) - want.item()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "version, seen, due",
+    [(0, {}, True), (1, {}, False), (10, {}, True), (3, {"mismatch/abs_max": 5e-4}, False),
+     (3, {"mismatch/abs_max": 2e-3}, True), (3, {"mismatch/abs_max": math.nan}, True)],
+)  # fmt: skip
+def test_a_probe_comes_first_at_intervals_and_where_trainer_and_engine_differ(version, seen, due):
+    assert syncing.probe_is_due(WeightSyncConfig(), version, seen) is due

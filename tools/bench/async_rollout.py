@@ -26,9 +26,9 @@ from mcore_rl.planning.check import make_plan
 from mcore_rl.planning.plan import rollout_sampling
 from mcore_rl.rollout.ahead import open_ahead
 from mcore_rl.run import Run, open_run
-from mcore_rl.step.batches import Metrics, pack
+from mcore_rl.step.batches import Metrics, share_of_step
 from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_rollouts
-from mcore_rl.step.scoring import score_old
+from mcore_rl.step.scoring import score
 from mcore_rl.step.syncing import sync_weights
 from mcore_rl.step.updating import update
 from tools.bench.options import Json, Repeats, Seed
@@ -64,9 +64,8 @@ def train_block(run: Run, done: Progress, mode: str, steps: int) -> tuple[Progre
     while done.step < config.steps:
         began = time.perf_counter()
         done = start_rollouts(plan, groups, rollouts, done)
-        samples, done, metrics = collect_rollouts(plan, groups, models, rollouts, done)
-        mini_batches = pack(plan, groups, samples, done.step, config.batch.mini_batches, 1)
-        mini_batches, scored = score_old(plan, groups, models, mini_batches)
+        sequences, done, metrics = collect_rollouts(plan, groups, models, rollouts, done)
+        mini_batches, scored = score(plan, groups, models, share_of_step(plan, groups, sequences, done.step))
         updating = time.perf_counter()
         update(plan, groups, models, run.exporter, mini_batches, done.step)
         metrics |= scored | {"update_s": time.perf_counter() - updating}

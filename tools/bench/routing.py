@@ -20,8 +20,7 @@ from mcore_rl.model.optimizer import build_training
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.rollout.vllm.engine import open_engine
-from mcore_rl.step.replaying import score_policy
-from mcore_rl.types import PackedBatch, Prompt, SamplingParams
+from mcore_rl.types import Prompt, SamplingParams, WeightedBatch
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
@@ -30,6 +29,18 @@ from tools.bench.side_by_side import check_equal, environment, interleave, show,
 from tools.bench.train_step import ALGORITHM, OPTIMIZER, random_samples
 
 MICRO_BATCH_TOKENS = 1024
+
+
+def scored_before(policy: Policy, batches: list[WeightedBatch], mode: str) -> list[WeightedBatch]:
+    """With the old log-probs, and the routes that a mode takes."""
+    if mode == "rollout":
+        batches = [replace(b, expert_ids=b.rollout_expert_ids) for b in batches]
+    if mode == "old":
+        outputs, taken = forward_recorded(policy, batches)
+        batches = [replace(b, expert_ids=r.expert_ids) for b, r in zip(batches, taken)]
+    else:
+        outputs = forward_only(policy, batches)
+    return [replace(b, old_logprobs=o.logprobs) for b, o in zip(batches, outputs)]
 
 
 def measure(
@@ -48,9 +59,8 @@ def measure(
         shape = dict(rank=0, num_ranks=1, budget=MICRO_BATCH_TOKENS, max_response=response_tokens)
         packed = [b.to(groups.device) for b in pack_mini_batch(samples, ALGORITHM, **shape)]
 
-        def gradients(policy: Policy, mode: str) -> list[PackedBatch]:
-            batches, outputs = score_policy(policy, batches_of_engine, mode)
-            batches = [replace(b, old_logprobs=o.logprobs) for b, o in zip(batches, outputs)]
+        def gradients(policy: Policy, mode: str) -> list[WeightedBatch]:
+            batches = scored_before(policy, batches_of_engine, mode)
             training.zero_grad()
             forward_backward(policy, batches, ALGORITHM.loss)
             return batches

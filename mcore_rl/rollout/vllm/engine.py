@@ -44,6 +44,7 @@ def open_engine(
     world_size: int,
     seed: int,
     return_routes: bool = False,
+    threads: int = 1,
 ) -> RolloutEngine:
     """Start (or, for placement "server", reach) the engine. Called on rank 0 after the process groups exist.
 
@@ -52,6 +53,7 @@ def open_engine(
         max_prompt_tokens: longest prompt; with `rollout.max_response_tokens` the default of `max_model_len`.
         world_size: trainer ranks.
         return_routes: every trajectory comes with the routes of its tokens.
+        threads: of each worker of a child on a CPU; an engine in this process has those of this process.
 
     Raises:
         ValueError: placement and number of ranks or server address do not fit, or the server is set up wrongly.
@@ -66,7 +68,7 @@ def open_engine(
         return servers[0] if len(servers) == 1 else EngineGroup(servers)
     dtype = model_dtype if rollout.dtype == "auto" else rollout.dtype
     max_model_len = rollout.max_model_len or max_prompt_tokens + rollout.max_response_tokens
-    arguments = (model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes)
+    arguments = (model_path, placement, backend, dtype, max_model_len, rollout, seed, return_routes, threads)
     with ExitStack() as started:
         engines = []
         for _ in range(rollout.num_engines):
@@ -91,6 +93,7 @@ class VLLMEngine:
         rollout: RolloutConfig,
         seed: int,
         return_routes: bool,
+        threads: int,
     ):
         self.placement = placement
         self.weight_backend = backend
@@ -106,7 +109,7 @@ class VLLMEngine:
         arguments = engine_arguments(
             model_path, backend, dtype, max_model_len, rollout, seed, has_tokenizer, return_routes
         )
-        self._llm = _start(arguments, placement, rollout.startup_timeout_s)
+        self._llm = _start(arguments, placement, rollout.startup_timeout_s, threads)
         if placement == "child":
             threading.Thread(target=_fail_waiters, args=(self._llm.engine_core,), daemon=True).start()
             self._driver = OwnThread(self._llm, lambda: all(process.is_alive() for process in self._children()))
@@ -279,9 +282,9 @@ def _reset_prefix_cache(llm: Any, running: bool = False) -> None:
         raise RolloutError("vLLM could not drop its prefix cache: requests of an earlier call are still running")
 
 
-def _start(arguments: dict[str, Any], placement: str, timeout_s: float) -> Any:
+def _start(arguments: dict[str, Any], placement: str, timeout_s: float, threads: int) -> Any:
     child = placement == "child"
-    with isolation.start_environment(child, timeout_s):
+    with isolation.start_environment(child, timeout_s, threads):
         from vllm import EngineArgs
         from vllm.distributed import cleanup_dist_env_and_memory, model_parallel_is_initialized
         from vllm.v1.engine.llm_engine import LLMEngine

@@ -36,7 +36,7 @@ def prepare_environment(backend: str = "") -> None:
 
 
 @contextmanager
-def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
+def start_environment(child: bool, timeout_s: float, threads: int) -> Iterator[None]:
     """Variables that only a starting engine may see, and no trace of those that vLLM sets for its own children.
 
     A child must not see torchrun's: it would take itself for a trainer rank.
@@ -47,6 +47,8 @@ def start_environment(child: bool, timeout_s: float) -> Iterator[None]:
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(timeout_s)),
         "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning"),
     }
+    if child:
+        variables["OMP_NUM_THREADS"] = str(threads)
     touched = (*TORCHRUN_VARIABLES, *variables, CHILD_FLAG, "TORCHDYNAMO_DISABLE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
     before = {name: os.environ.get(name) for name in touched}
     os.environ.update(variables)
