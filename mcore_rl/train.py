@@ -1,8 +1,8 @@
 """The training loop. torchrun --nproc-per-node N -m mcore_rl.train CONFIG key.sub=value ...
 
 One step: collect -> pack -> score -> update -> sync -> evaluate -> log -> checkpoint, a file of `mcore_rl.step` each.
-GAPO's discriminator learns in between. All ranks run all of it; the rollout engine hangs on rank 0, which tells the
-others what it generated. With `rollout.max_staleness` it generates the batches of coming steps meanwhile.
+GAPO's discriminator learns in between. All ranks run all of it; the rollout engine hangs on rank 0, and every rank
+takes its share of what it generated. With `rollout.max_staleness` it generates the batches of coming steps meanwhile.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -34,11 +35,20 @@ def load_hf(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
+def tokens_of(trajectory: Trajectory) -> Tensor:
+    """[T] prompt and response."""
+    return torch.from_numpy(np.concatenate([trajectory.prompt_ids, trajectory.response_ids])).long()
+
+
+def responses(groups: Sequence[RolloutGroup]) -> list[list[tuple[int, ...]]]:
+    """[group][trajectory] its tokens."""
+    return [[tuple(t.response_ids.tolist()) for t in group.trajectories] for group in groups]
+
+
 @torch.no_grad()
 def hf_logits(model: torch.nn.Module, trajectory: Trajectory) -> Tensor:
     """[T_resp, V], the logits that each token of the response was drawn from."""
-    ids = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
-    return model(input_ids=ids).logits[0, len(trajectory.prompt_ids) - 1 : -1].double()
+    return model(input_ids=tokens_of(trajectory)[None]).logits[0, len(trajectory.prompt_ids) - 1 : -1].double()
 
 
 def max_error(model: torch.nn.Module, groups: Sequence[RolloutGroup], temperature: float = 1.0) -> float:
@@ -46,8 +56,8 @@ def max_error(model: torch.nn.Module, groups: Sequence[RolloutGroup], temperatur
     errors = []
     for trajectory in (t for group in groups for t in group.trajectories):
         expected = (hf_logits(model, trajectory) / temperature).log_softmax(-1)
-        chosen = expected.gather(1, torch.tensor(trajectory.response_ids)[:, None])[:, 0]
-        errors.append((chosen - torch.tensor(trajectory.rollout_logprobs)).abs().max().item())
+        chosen = expected.gather(1, torch.from_numpy(trajectory.response_ids).long()[:, None])[:, 0]
+        errors.append((chosen - torch.from_numpy(trajectory.rollout_logprobs)).abs().max().item())
     return max(errors)
 
 

@@ -29,6 +29,17 @@ WITHOUT_PROCESS_GROUPS = (
     "mcore_rl/weights/plan.py",
 )
 VIEWS_ONLY = tuple(f"mcore_rl/weights/{name}.py" for name in ("cuts", "families", "plan", "shards"))
+# Who may not be imported by whom: a layer knows nothing of those above it (docs/architecture.md).
+LAYERS = {
+    "mcore_rl/data/": ("model", "weights", "planning", "roles", "rollout", "step", "run", "train", "cli"),
+    "mcore_rl/model/": ("planning", "roles", "rollout", "step", "run", "train", "cli"),
+    "mcore_rl/rollout/": ("model", "planning", "roles", "step", "run", "train", "cli"),
+    "mcore_rl/planning/": ("roles", "step", "run", "train", "cli"),
+    "mcore_rl/roles/": ("rollout", "step", "run", "train", "cli"),
+    "mcore_rl/step/": ("run", "train", "cli"),
+    "mcore_rl/run.py": ("step", "train", "cli"),
+}
+ABOVE_STEPS = ("mcore_rl/step/", "mcore_rl/train.py", "mcore_rl/cli/")  # may import mcore_rl.step
 FILE_LINES, ALGORITHM_LINES, TEST_LINES, FUNCTION_LINES, FOLDER_FILES = 330, 100, 400, 60, 16
 ROOT_FILES = {"__init__", "config", "launch", "run", "train", "types"}  # and the package cli
 
@@ -103,6 +114,15 @@ def law_1_moe_stands_alone(path: str, tree: ast.AST) -> Found:
     for line, name in imported(tree):
         if _within(name, forbidden):
             yield f"{path}:{line} imports {name}"
+
+
+def law_1_layers_know_nothing_above(path: str, tree: ast.AST) -> Found:
+    above = [f"mcore_rl.{layer}" for home, layers in LAYERS.items() if path.startswith(home) for layer in layers]
+    if path.startswith("mcore_rl/") and not path.startswith(ABOVE_STEPS):
+        above.append("mcore_rl.step")
+    for line, name in imported(tree):
+        if _within(name, tuple(above)):
+            yield f"{path}:{line} imports {name}, which is a layer above"
 
 
 # ---------------------------------------------------------------- law 2: losses are pure
@@ -205,6 +225,16 @@ BROKEN: list[tuple[Check, str, str]] = [
     (law_1_megatron_and_vllm_stay_at_home, "tools/x.py", "importlib.import_module('vllm.config')"),
     (law_1_moe_stands_alone, "moe/stats.py", "from mcore_rl.types import Prompt"),
     (law_1_moe_stands_alone, "mcore_rl/run.py", "import tools.install"),
+    (law_1_layers_know_nothing_above, "mcore_rl/data/x.py", "from mcore_rl.model.build import read_hf_config"),
+    (law_1_layers_know_nothing_above, "mcore_rl/model/x.py", "from mcore_rl.rollout import engine"),
+    (law_1_layers_know_nothing_above, "mcore_rl/rollout/vllm/x.py", "import mcore_rl.planning.plan"),
+    (law_1_layers_know_nothing_above, "mcore_rl/planning/check.py", "from mcore_rl.run import open_run"),
+    (law_1_layers_know_nothing_above, "mcore_rl/planning/x.py", "from mcore_rl.roles.models import Models"),
+    (law_1_layers_know_nothing_above, "mcore_rl/roles/x.py", "def f():\n    from mcore_rl.rollout import engine"),
+    (law_1_layers_know_nothing_above, "mcore_rl/roles/x.py", "from mcore_rl.step import scoring"),
+    (law_1_layers_know_nothing_above, "mcore_rl/step/x.py", "from mcore_rl.train import train"),
+    (law_1_layers_know_nothing_above, "mcore_rl/run.py", "from mcore_rl import step"),
+    (law_1_layers_know_nothing_above, "mcore_rl/logs/x.py", "from mcore_rl.step.batches import Metrics"),
     (law_2_losses_are_pure, "mcore_rl/algorithms/x.py", "loss.item()"),
     (law_2_losses_are_pure, "mcore_rl/algorithms/x.py", "ratio.clamp_(0, 1)"),
     (law_2_losses_are_pure, "mcore_rl/functional/x.py", "loss += 1"),

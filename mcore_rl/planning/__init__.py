@@ -1,1 +1,1 @@
-"""What a run needs before it is started: parameters, memory, process groups. Integers only; nothing is allocated."""
+"""All that is known of a run before anything is started: its checked plan, warnings, memory, process groups, nodes."""

@@ -163,6 +163,12 @@ def _alpha_axis(axes: Any) -> None:
     axes.set_xlabel("step a in old + a (new - old)")
 
 
+def _log_axes(axes: Any, label: str) -> None:
+    _alpha_axis(axes)
+    axes.set_yscale("log")
+    axes.set_ylabel(label)
+
+
 def sweep_variances(axes: Any, everything: All) -> None:
     axes.set_title("Variance of both parts of z")
     draw(axes, everything, "sweep/", "/var_w", BLUE, "weights, z_w")
@@ -171,9 +177,7 @@ def sweep_variances(axes: Any, everything: All) -> None:
     guide(axes, x, y[-1, 0] * (x / x[-1]) ** 2, "slope 2")
     x, y = curve(everything[0], "sweep/", "/var_r")
     axes.plot(x, y[-1, 0] * (x / x[-1]), color=GREY, linestyle=":", linewidth=1.2, label="slope 1", zorder=1)
-    _alpha_axis(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("nats squared")
+    _log_axes(axes, "nats squared")
     axes.legend()
 
 
@@ -183,18 +187,14 @@ def sweep_flips(axes: Any, everything: All) -> None:
     draw(axes, everything, "sweep/", "/set", BLUE, "sets changed")
     x, y = curve(everything[0], "sweep/", "/set")
     guide(axes, x, y[-1, 0] * (x / x[-1]), "slope 1")
-    _alpha_axis(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("share")
+    _log_axes(axes, "share")
     axes.legend()
 
 
 def sweep_jump(axes: Any, everything: All) -> None:
     axes.set_title("Size of a jump, given a flip")
     draw(axes, everything, "sweep/", "/jump", ORANGE, "root mean square of z_r")
-    _alpha_axis(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("nats")
+    _log_axes(axes, "nats")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, high / 30), high * 2)  # a flat line should look flat
 
@@ -203,8 +203,7 @@ def sweep_chi(axes: Any, everything: All) -> None:
     axes.set_title("chi: flips over weights, within an answer")
     draw(axes, everything, "sweep/", "/chi", PURPLE, "chi")
     axes.axhline(1, color=RED, linewidth=1.2)
-    _alpha_axis(axes)
-    axes.set_yscale("log")
+    _log_axes(axes, "chi")
     low, high = axes.get_ylim()
     axes.set_ylim(min(max(low, 1e-3), 0.1), max(high, 10))
     axes.text(0.98, 0.96, "above 1: sequence ratio nearer", transform=axes.transAxes, ha="right", va="top", color=RED)

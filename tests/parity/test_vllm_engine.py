@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from rollout_reference import EOS, hf_logits, load_hf, make_prompts, max_error
+from rollout_reference import EOS, hf_logits, load_hf, make_prompts, max_error, responses
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutError, request_seeds
@@ -23,10 +23,6 @@ def hf(rollout_dirs):
     return load_hf(rollout_dirs[0])
 
 
-def responses(groups):
-    return [[t.response_ids for t in group.trajectories] for group in groups]
-
-
 def test_sampled_logprobs_are_those_of_hf(rollout_engine, hf):
     groups = rollout_engine.generate(make_prompts([1, 7, 40, 150]), SamplingParams(n=4, max_tokens=24), seed=0)
     assert [len(g.trajectories) for g in groups] == [4] * 4
@@ -36,7 +32,7 @@ def test_sampled_logprobs_are_those_of_hf(rollout_engine, hf):
 def test_greedy_takes_the_argmax(rollout_engine, hf):
     groups = rollout_engine.generate(make_prompts([5, 33]), SamplingParams(temperature=0.0, max_tokens=20), seed=0)
     for (trajectory,) in (g.trajectories for g in groups):
-        assert hf_logits(hf, trajectory).argmax(-1).tolist() == list(trajectory.response_ids)
+        assert hf_logits(hf, trajectory).argmax(-1).tolist() == trajectory.response_ids.tolist()
     assert max_error(hf, groups) < TOLERANCE
 
 
@@ -129,7 +125,7 @@ def test_stop_strings_and_text(rollout_engine):
     assert any(t.text.endswith(("a", "7")) for t in group.trajectories)
     for t in group.trajectories:
         assert not any(s in t.text[:-1] for s in ("a", "7"))
-        assert len(t.text) == len(t.response_ids) - (t.response_ids[-1] == EOS) - t.response_ids.count(0)
+        assert len(t.text) == len(t.response_ids) - (t.response_ids[-1] == EOS) - (t.response_ids == 0).sum()
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_anything_is_sampled(rollout_engine):

@@ -10,7 +10,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts
+from rollout_reference import ONE_RANK, CheckpointExporter, load_hf, make_prompts, tokens_of
 from tiny_models import save_tiny_hf
 
 from mcore_rl.config import RolloutConfig, WeightSyncConfig
@@ -31,9 +31,9 @@ def differences(model: torch.nn.Module, groups) -> tuple[int, int]:
     ]
     for trajectory in (t for group in groups for t in group.trajectories):
         logits.clear()
-        model(torch.tensor([trajectory.prompt_ids + trajectory.response_ids[:-1]]))
+        model(tokens_of(trajectory)[None, :-1])
         expected = torch.stack(logits, dim=1).topk(2).indices.sort(-1).values
-        found = trajectory.expert_ids.long().sort(-1).values
+        found = torch.from_numpy(trajectory.expert_ids).long().sort(-1).values
         assert found.shape == expected.shape
         wrong += int((found != expected).any(-1).sum())
         total += expected[..., 0].numel()
@@ -50,7 +50,7 @@ def test_routes_are_those_of_hugging_face(rollout_engine, rollout_dirs):
     assert any(t.finish_reason == "stop" for t in stopped[0].trajectories)
     wrong, total = differences(load_hf(rollout_dirs[0]), [*groups, *stopped])
     assert wrong == 0 and total > 4 * 3 * 300
-    assert groups[0].trajectories[0].expert_ids.dtype == torch.uint8
+    assert groups[0].trajectories[0].expert_ids.dtype == np.uint8
     assert differences(load_hf(rollout_dirs[1]), groups)[0] > total / 10  # the comparison can fail
 
 

@@ -27,7 +27,7 @@ def engine(rollout_dirs):
 
 def token_errors(models, trajectory):
     """[version, T_resp] how far the engine's log-probs are from those of each model."""
-    said, ids = torch.tensor(trajectory.rollout_logprobs), torch.tensor(trajectory.response_ids)[:, None]
+    said, ids = torch.from_numpy(trajectory.rollout_logprobs), torch.from_numpy(trajectory.response_ids).long()[:, None]
     return torch.stack([(hf_logits(m, trajectory).log_softmax(-1).gather(1, ids)[:, 0] - said).abs() for m in models])
 
 
@@ -63,7 +63,7 @@ def test_every_token_is_of_the_weights_that_it_says(engine, rollout_dirs):
     undisturbed = [t for g in before for t in g.trajectories]
     for t, whole in zip(after, undisturbed, strict=True):
         kept = int((t.versions == 0).sum())
-        assert t.response_ids[:kept] == whole.response_ids[:kept] and kept > 0
+        assert kept > 0 and (t.response_ids[:kept] == whole.response_ids[:kept]).all()
     transfer.close()
 
 
