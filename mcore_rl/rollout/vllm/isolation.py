@@ -10,7 +10,6 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from unittest import mock
 
 import numpy
 import torch
@@ -114,8 +113,11 @@ def default_group_kept() -> Iterator[None]:
             with suppress(ValueError):  # gone already where the default group went first
                 destroy(group)
 
-    with mock.patch.object(torch.distributed, "destroy_process_group", destroy_subgroup):
+    torch.distributed.destroy_process_group = destroy_subgroup
+    try:
         yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 def exit_cause(exitcode: int | None) -> str:
