@@ -48,12 +48,12 @@ def compare_with_transformers(folder: Path) -> None:
         generate = run.engine.generate
         run.engine.generate = lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1]
         started = start_rollouts(run.plan, run.groups, run.rollouts, run.start)
-        samples, _, metrics = collect_rollouts(run.plan, run.groups, run.models, run.rollouts, started)
+        sequences, _, metrics = collect_rollouts(run.plan, run.groups, run.models, run.rollouts, started)
         scored = model_rewards(run.plan, run.groups, run.models.reward_model, seen[0])
         rule = [run.plan.reward(g.prompt, t) for g in seen[0] for t in g.trajectories]
     rewards = torch.stack([g.rewards for g in scored])
     advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
-    assert [s.advantage for s in samples] == pytest.approx(advantages.flatten().tolist(), abs=1e-6)
+    assert sequences.columns.advantages.tolist() == pytest.approx(advantages.flatten().tolist(), abs=1e-6)
     assert metrics["reward/mean"] == pytest.approx(rewards.mean().item()) and rewards.std() > 1e-2
     assert metrics["reward/audit_mean"] == pytest.approx(sum(rule) / 32)
 

@@ -80,7 +80,6 @@ def sync_case(case: dict, groups) -> None:
     found = {}
     for workers in case["engines"]:
         engine = on_rank_0_only(groups, partial(open_once, case["source"], workers))
-        run = SimpleNamespace(plan=plan, groups=groups, policy=policy, engine=engine)
         transfer = connect(engine, exporter, config.weight_sync, groups)
         differences, versions = [], []
         for version in (1, 2, 3):
@@ -88,7 +87,7 @@ def sync_case(case: dict, groups) -> None:
                 for param in (p for chunk in chunks for p in chunk.parameters()):
                     param.add_(torch.sin(50 * param), alpha=0.02)  # the same on every replica
             transfer.send(version)
-            differences.append(probe_difference(run, version))
+            differences.append(probe_difference(plan, groups, policy, engine, version))
             versions.append(engine.policy_version if engine else version)
         transfer.close()
         found[workers] = dict(differences=differences, versions=versions, detour=transfer.detour)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from mcore_rl.algorithms.grpo import GRPO
@@ -183,7 +184,7 @@ def _padded_batches(samples: Sequence[Sample], budget: int) -> list[PaddedBatch]
 
 def _pad(samples: Sequence[Sample], num_sequences: int) -> PaddedBatch:
     longest = samples[0].positions
-    token_ids = torch.tensor([s.token_ids[:-1] + (0,) * (longest - s.positions) for s in samples])
+    token_ids = pad_sequence([torch.from_numpy(s.token_ids[:-1]).long() for s in samples], batch_first=True)
     column = torch.arange(longest)
     first = torch.tensor([s.positions - s.num_response for s in samples])[:, None]
     last = torch.tensor([s.positions for s in samples])[:, None]
@@ -192,8 +193,8 @@ def _pad(samples: Sequence[Sample], num_sequences: int) -> PaddedBatch:
     return PaddedBatch(
         token_ids=token_ids,
         loss_mask=(column >= first) & (column < last),
-        targets=torch.tensor([t for s in samples for t in s.token_ids[-s.num_response :]]),
-        old_logprobs=torch.tensor([x for s in samples for x in s.rollout_logprobs]),
+        targets=torch.cat([torch.from_numpy(s.token_ids[-s.num_response :]).long() for s in samples]),
+        old_logprobs=torch.cat([torch.from_numpy(s.rollout_logprobs) for s in samples]),
         advantages=advantages,
         weights=weights,
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+import numpy as np
 import torch
 import typer
 
@@ -150,11 +151,9 @@ def _probe(engine: RolloutEngine, policy: Policy, seed: int) -> Probe:
 def _diff(a: Probe, b: Probe) -> float:
     """Largest difference of log-probs; infinite where other tokens were sampled."""
     pairs = [(x.trajectories[0], y.trajectories[0]) for x, y in zip(a, b, strict=True)]
-    if any(x.response_ids != y.response_ids for x, y in pairs):
+    if not all(np.array_equal(x.response_ids, y.response_ids) for x, y in pairs):
         return float("inf")
-    return max(
-        (torch.tensor(x.rollout_logprobs) - torch.tensor(y.rollout_logprobs)).abs().max().item() for x, y in pairs
-    )
+    return max(float(np.abs(x.rollout_logprobs - y.rollout_logprobs).max()) for x, y in pairs)
 
 
 def _trainer_diff(policy: Policy, probe: Probe) -> float:
