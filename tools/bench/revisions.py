@@ -1,4 +1,4 @@
-"""The demo's GRPO step at two revisions of this repository, side by side: processor seconds, seconds, and what came out.
+"""The demo's GRPO step at two revisions of this repository, side by side: processor seconds, seconds, what came out.
 
 python -m tools.bench.revisions 7fb4578 --model runs/demo/sft/hf
 
@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from tools.bench.options import Json
+from tools.bench.models import Json
 from tools.bench.side_by_side import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,8 @@ def main(
         return
     for revision, figures in result["a_step"].items():
         print(f"{revision:12} {figures['cpu_s']:.2f} processor seconds a step, {figures['wall_s']:.2f} s")
-    print(f"ratio: {result['ratio']['cpu_s']:.3f} of the processor seconds, {result['ratio']['wall_s']:.3f} of the time")
+    ratio = result["ratio"]
+    print(f"ratio: {ratio['cpu_s']:.3f} of the processor seconds, {ratio['wall_s']:.3f} of the time")
     print(f"step 1 differs by {result['difference_at_step_1']}; equal rewards in the first "
           f"{result['steps_with_equal_rewards']} steps")  # fmt: skip
 
