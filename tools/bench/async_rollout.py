@@ -31,7 +31,7 @@ from mcore_rl.step.collecting import collect_rollouts, finish_rollouts, start_ro
 from mcore_rl.step.scoring import score
 from mcore_rl.step.syncing import sync_weights
 from mcore_rl.step.updating import update
-from tools.bench.options import Json, Repeats, Seed
+from tools.bench.models import Json, Repeats, Seed
 from tools.bench.side_by_side import check_equal, environment, quiet_stdout, ratios, show, spread
 from tools.make_demo_model import make_demo_model
 

@@ -26,7 +26,7 @@ from mcore_rl.parallel.groups import Groups
 from mcore_rl.parallel.layout import ParallelLayout
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
-from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.models import Json, Model, Repeats, Seed, asked_model
 from tools.bench.side_by_side import Timing, check_equal, environment, ratios, show, spread
 
 _PIECE = 1 << 24  # bytes

@@ -20,7 +20,7 @@ from mcore_rl.weights.atomic import to_disk
 from mcore_rl.weights.convert import to_hf, to_megatron
 from mcore_rl.weights.stored import open_weights
 from mcore_rl.weights.verify import compare
-from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.models import Json, Model, Repeats, Seed, asked_model
 from tools.bench.side_by_side import check_equal, environment, interleave, ratios, show, spread
 
 LAYOUT = ParallelLayout(tp=2, pp=2, dp=2, ep=4)

@@ -34,7 +34,7 @@ from mcore_rl.planning.plan import world_size
 from mcore_rl.step.batches import Share, share_of_step
 from mcore_rl.step.scoring import MiniBatches, mini_batches_of
 from mcore_rl.types import Prompt, RolloutGroup, Trajectory, WeightedBatch
-from tools.bench.options import Json, Seed
+from tools.bench.models import Json, Seed
 from tools.bench.side_by_side import environment
 
 GROUP, PROMPT_TOKENS, LONGEST = 8, 64, 1024

@@ -17,7 +17,7 @@ import typer
 from torch import Tensor
 
 from mcore_rl.functional.logprob import token_logprobs
-from tools.bench.options import Json, Repeats, Seed
+from tools.bench.models import Json, Repeats, Seed
 from tools.bench.side_by_side import check_equal, device_peak_bytes, environment, interleave, show, throughput
 
 MAX_RELATIVE_DIFF = 1e-5

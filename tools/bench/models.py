@@ -1,4 +1,4 @@
-"""The model of a benchmark: a folder of the user's, or a Qwen3-MoE with random weights made on the fly."""
+"""The model of a benchmark, a folder of the user's or a Qwen3-MoE with random weights, and the options they share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
+import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mcore_rl.types import Prompt
+from tools.bench.side_by_side import quiet_stdout
 
 # https://huggingface.co/Qwen/Qwen3-30B-A3B: config.json
 QWEN3_30B = dict(
@@ -84,11 +87,30 @@ SIZES = {
 }
 # Two of the 48 layers of Qwen3-30B-A3B, for a GPU: 1.8B parameters, a third of them embedding and output matrix.
 SIZES["30B-A3B-2-layers"] = {name: QWEN3_30B[name] for name in SIZES["tiny"]} | dict(num_hidden_layers=2)
+
+Model = Annotated[str, typer.Option(help=f"HF folder, or one of {', '.join(SIZES)} (random weights)")]
+Sequences = Annotated[int, typer.Option(min=1, help="of one update")]
+PromptTokens = Annotated[int, typer.Option(min=1)]
+ResponseTokens = Annotated[int, typer.Option(min=1, help="of the longest; the shortest has a quarter")]
+Repeats = Annotated[int, typer.Option(min=1, help="measured rounds")]
+Seed = Annotated[int, typer.Option(min=0)]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object instead of a table")]
+
 # transformers' implementations worth trying on a CPU; batched_mm copies the experts' weights for every token.
 EXPERTS = ("grouped_mm", "eager")
 _MAX_POSITIONS = 4096
 # Wider than the usual 0.02: the most likely token then stands clear of the next, and rounding cannot swap them.
 _WEIGHT_STD = 0.05
+
+
+@contextmanager
+def asked_model(model: str, seed: int) -> Iterator[Path]:
+    """Its folder while it is measured: libraries print to stderr then, and a mistake of the user ends the program."""
+    try:
+        with quiet_stdout(), model_folder(model, seed) as folder:
+            yield folder
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import typer
 from mcore_rl.model.build import read_hf_config
 from mcore_rl.parallel import groups as process_groups
 from mcore_rl.parallel.layout import ParallelLayout
-from tools.bench.options import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
+from tools.bench.models import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
 from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
 from tools.bench.train_step import megatron_side, random_samples, relative_differences
 

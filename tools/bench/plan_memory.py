@@ -34,7 +34,7 @@ from mcore_rl.planning.memory import activations, trained_state
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.options import Json, Model, asked_model
+from tools.bench.models import Json, Model, asked_model
 from tools.bench.side_by_side import device_peak_bytes
 
 CHUNK_TOKENS = 256

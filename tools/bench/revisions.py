@@ -1,4 +1,4 @@
-"""The demo's GRPO step at two revisions of this repository, side by side: what it takes, and what comes out.
+"""The demo's GRPO step at two revisions of this repository, side by side: processor seconds, seconds, what came out.
 
 python -m tools.bench.revisions 7fb4578 --model runs/demo/sft/hf
 
@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from tools.bench.options import Json
+from tools.bench.models import Json
 from tools.bench.side_by_side import environment
 
 ROOT = Path(__file__).resolve().parents[2]

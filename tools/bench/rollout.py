@@ -20,8 +20,17 @@ from mcore_rl.config import RolloutConfig, WeightSyncConfig
 from mcore_rl.rollout.engine import RolloutEngine
 from mcore_rl.rollout.vllm.engine import open_engine
 from mcore_rl.types import Prompt, RolloutGroup, SamplingParams
-from tools.bench.models import EXPERTS, load_hf_model, random_prompts
-from tools.bench.options import Json, Model, PromptTokens, Repeats, Seed, asked_model
+from tools.bench.models import (
+    EXPERTS,
+    Json,
+    Model,
+    PromptTokens,
+    Repeats,
+    Seed,
+    asked_model,
+    load_hf_model,
+    random_prompts,
+)
 from tools.bench.side_by_side import check_equal, environment, fastest, interleave, show, throughput
 
 MAX_LOGPROB_DIFF = 1e-4

@@ -24,7 +24,7 @@ from mcore_rl.types import Prompt, SamplingParams, WeightedBatch
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.options import Json, Model, PromptTokens, Repeats, Seed, asked_model
+from tools.bench.models import Json, Model, PromptTokens, Repeats, Seed, asked_model
 from tools.bench.side_by_side import check_equal, environment, interleave, show, throughput
 from tools.bench.train_step import ALGORITHM, OPTIMIZER, random_samples
 

@@ -31,8 +31,18 @@ from mcore_rl.types import PackedBatch
 from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import EXPERTS, load_hf_model
-from tools.bench.options import Json, Model, PromptTokens, Repeats, ResponseTokens, Seed, Sequences, asked_model
+from tools.bench.models import (
+    EXPERTS,
+    Json,
+    Model,
+    PromptTokens,
+    Repeats,
+    ResponseTokens,
+    Seed,
+    Sequences,
+    asked_model,
+    load_hf_model,
+)
 from tools.bench.side_by_side import check_equal, environment, fastest, interleave, show, throughput
 
 MAX_RELATIVE_DIFF = {"float32": 1e-5, "bfloat16": 0.05}  # in bf16 rounding flips experts

@@ -35,8 +35,7 @@ from mcore_rl.weights.hf_read import load_hf
 from mcore_rl.weights.shards import megatron_shards
 from mcore_rl.weights.sync import WeightExporter, export_hf
 from tools.bench.batches import pack_mini_batch
-from tools.bench.models import random_prompts
-from tools.bench.options import Json, Model, Repeats, Seed, asked_model
+from tools.bench.models import Json, Model, Repeats, Seed, asked_model, random_prompts
 from tools.bench.side_by_side import Timing, check_equal, environment, interleave, ratios, show, spread
 
 MAX_PATH_DIFF = 1e-5  # of log-probs, between the paths
