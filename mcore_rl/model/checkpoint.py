@@ -65,7 +65,18 @@ def write_progress(path: Path, progress: Progress) -> None:
 
 
 def read_progress(path: Path, progress: Progress) -> Progress:
-    """`progress` with the rollouts that `write_progress` wrote."""
+    """`progress` with the rollouts that `write_progress` wrote.
+
+    Raises:
+        ValueError: rollouts wait in the common state, where checkpoints once had them: there is no file.
+    """
+    if not path.is_file():
+        if progress != progress.without_rollouts():
+            raise ValueError(
+                f"checkpoint {str(path.parent)!r} has no {path.name}: it was written by an earlier version, which kept "
+                "rollouts that wait in another form; continue it with that version to a step at which none wait"
+            )
+        return progress
     groups, fakes = read_rollouts(path)
     ahead = tuple(replace(batch, groups=groups[f"ahead/{batch.step}"]) for batch in progress.ahead)
     return replace(

@@ -218,6 +218,14 @@ class TestDynamicSampling:
         assert plain.carried == () and plain == before.without_rollouts()
         assert read_progress(tmp_path / "rollouts.safetensors", plain) == before
 
+    def test_a_checkpoint_without_the_file_of_rollouts(self, tmp_path):
+        """As earlier versions wrote it: it can be continued where nothing waits, and is refused where something does."""
+        path = tmp_path / "rollouts.safetensors"
+        assert read_progress(path, Progress(3, 40, 3)) == Progress(3, 40, 3)
+        waiting = Progress.of(asdict(Progress(3, 40, 3, carried=run_collect(FakeEngine()).carried)))
+        with pytest.raises(ValueError, match="was written by an earlier version"):
+            read_progress(path, waiting)
+
     def test_kept_groups_have_the_gradient_they_have_without_sampling(self):
         """Only the denominator changes: advantages of a kept group are its own."""
         got = run_collect(FakeEngine())
