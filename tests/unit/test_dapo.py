@@ -219,7 +219,7 @@ class TestDynamicSampling:
         assert read_progress(tmp_path / "rollouts.safetensors", plain) == before
 
     def test_a_checkpoint_without_the_file_of_rollouts(self, tmp_path):
-        """As earlier versions wrote it: it can be continued where nothing waits, and is refused where something does."""
+        """As earlier versions wrote it: it can be continued where nothing waits, else it is refused."""
         path = tmp_path / "rollouts.safetensors"
         assert read_progress(path, Progress(3, 40, 3)) == Progress(3, 40, 3)
         waiting = Progress.of(asdict(Progress(3, 40, 3, carried=run_collect(FakeEngine()).carried)))
