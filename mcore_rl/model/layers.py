@@ -213,7 +213,7 @@ class GroupedProduct(torch.autograd.Function):
     that way they would be held twice.
 
     x [t, in], its rows sorted by expert; ends [E] int32, the row behind each expert's last; E weights [out, in]
-    -> [t, out]. An expert without rows gets a zero gradient.
+    -> [t, out]. An expert without rows gets a zero gradient, which the gradient buckets wait for.
     """
 
     @staticmethod
@@ -266,12 +266,8 @@ class _GroupedLinear(MegatronModule):
     def forward(self, x: Tensor, m_splits: Sequence[int]) -> tuple[Tensor, None]:
         """x [t, in], its rows sorted by expert, m_splits rows each -> ([t, out], no bias)."""
         weights = [getattr(self, f"weight{i}") for i in range(self.num_gemms)]
-        if x.is_cuda:
-            ends = torch.tensor(m_splits).cumsum(0).to(x.device, torch.int32)
-            return GroupedProduct.apply(x, ends, *weights), None
-        parts = zip(x.split(list(m_splits)), weights, strict=True)
-        # An expert without tokens takes part: its weight gets a zero gradient, which the gradient buckets wait for.
-        return torch.cat([F.linear(part, weight) for part, weight in parts]), None
+        ends = torch.tensor(m_splits).cumsum(0).to(x.device, torch.int32)
+        return GroupedProduct.apply(x, ends, *weights), None
 
     def backward_dw(self) -> None:
         """Weight gradients are never delayed here."""

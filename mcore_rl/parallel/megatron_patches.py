@@ -70,6 +70,41 @@ def splits_as_numpy(moe_utils: ModuleType) -> None:
     moe_utils.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
+@_patches("megatron.core.models.common.embeddings.rope_utils")
+def rotary_of_a_pack_at_once(rope_utils: ModuleType) -> None:
+    """rope_utils.py:175 cuts the frequencies of every sequence of a pack out one by one, for queries and keys of every
+    layer: an eighth of an update of many short sequences. One gather by position does."""
+    last: list = [None, None]  # cu_seqlens and the places of its positions: the same for all layers
+
+    def apply(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, rotary_interleaved=False, multi_latent_attention=False,
+              mscale=1.0, cp_group=None) -> Tensor:  # fmt: skip
+        if last[0] is not cu_seqlens:
+            last[:] = cu_seqlens, rotary_places(cu_seqlens, cp_group.size(), cp_group.rank(), len(t))
+        return rope_utils._apply_rotary_pos_emb_bshd(
+            t.unsqueeze(1),
+            freqs[last[1]],
+            rotary_interleaved=rotary_interleaved,
+            multi_latent_attention=multi_latent_attention,
+            mscale=mscale,
+        ).squeeze(1)
+
+    rope_utils._apply_rotary_pos_emb_thd = apply
+
+
+def rotary_places(cu_seqlens: Tensor, cp_size: int, cp_rank: int, total: int) -> Tensor:
+    """[total] int64, the position in its sequence of each token that a context rank holds: chunk `cp_rank` of 2 cp_size
+    from the front of every sequence, and the one as far from its end."""
+    lengths = (cu_seqlens.diff() // cp_size).long()
+    starts = lengths.cumsum(0) - lengths
+    of_token = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=total)
+    place = torch.arange(total, device=lengths.device) - starts[of_token]
+    if cp_size == 1:
+        return place
+    half = (lengths // 2)[of_token]
+    behind = place - half + lengths[of_token] * cp_size - (cp_rank + 1) * half
+    return torch.where(place < half, place + cp_rank * half, behind)
+
+
 @_patches("megatron.core.tensor_parallel.mappings")
 def uneven_gather(mappings: ModuleType) -> None:
     """mappings.py:149,198 all-gather and reduce-scatter tensors of different length (experts under expert tensor
@@ -170,6 +205,7 @@ def written_in_this_process(filesystem_async: ModuleType) -> None:
 WITHOUT_CUDA: tuple[Patch, ...] = (
     no_compile,
     norms_of_all_at_once,
+    rotary_of_a_pack_at_once,
     cpu_generator,
     splits_as_numpy,
     uneven_gather,

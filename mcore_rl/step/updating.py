@@ -111,8 +111,7 @@ def optimise(
             mini_batch = before(mini_batch)
         training.zero_grad()
         for result in forward_backward(model, mini_batch, loss):
-            sums["num_loss"] += result.loss.item()
-            add(sums, result.metrics)
+            add(sums, {"num_loss": result.loss, **result.metrics})
         grad_norm, lr = training.step()
         norms.append(grad_norm)
         if after is not None:
@@ -129,6 +128,6 @@ def optimise(
 
 
 def add(sums: Metrics, metrics: dict[str, torch.Tensor]) -> None:
-    """Add a batch's metrics to the sums so far."""
-    for name, value in metrics.items():
-        sums[name] = sums.get(name, 0.0) + value.item()
+    """Add a batch's metrics to the sums so far, in one transfer from the device."""
+    for name, value in zip(metrics, torch.stack(list(metrics.values())).tolist()):
+        sums[name] = sums.get(name, 0.0) + value

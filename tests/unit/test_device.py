@@ -17,6 +17,7 @@ import pytest
 import torch
 from runs import python_path
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcore_rl.parallel import device, groups, megatron_patches
 from mcore_rl.parallel.layout import ParallelLayout
@@ -317,3 +318,51 @@ def test_with_cuda_and_transformer_engine_nothing_is_installed():
         "assert device.install() is False and sys.meta_path == before"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_norms_of_all_at_once():
+    """One operation for all tensors, the same norm and product, and no number that waits for the device."""
+
+    def norm_and_scaled(without: str | None) -> tuple[float, list[float], int]:
+        utils, tensors = megatron("utils", without), [torch.tensor([3.0]), torch.tensor([4.0, 12.0])]
+        with Counted() as counted:
+            norm, _ = utils.local_multi_tensor_l2_norm(0, None, [tensors], False)
+            utils.local_multi_tensor_scale(0, None, [tensors, tensors], 0.5)
+        return norm.item(), torch.cat(tensors).tolist(), counted.of("aten._local_scalar_dense.default")
+
+    assert norm_and_scaled(None) == (13.0, [1.5, 2.0, 6.0], 0)
+    assert norm_and_scaled("norms_of_all_at_once")[2] > 0
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[8], [16, 8, 24], [8] * 9])
+def test_rotary_of_a_pack_at_once(cp_size, lengths):
+    """Every context rank turns its tokens as Megatron does sequence by sequence, by fewer operations."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    freqs = torch.rand(max(lengths), 1, 1, 4)
+    for cp_rank in range(cp_size):
+        t = torch.rand(sum(lengths) // cp_size, 2, 6)
+        group = SimpleNamespace(size=lambda: cp_size, rank=lambda r=cp_rank: r)
+        found, counts = [], []
+        for without in (None, "rotary_of_a_pack_at_once"):
+            rope = megatron("models.common.embeddings.rope_utils", without)
+            with Counted() as counted:
+                found.append(rope._apply_rotary_pos_emb_thd(t, cu_seqlens, freqs, cp_group=group))
+            counts.append(counted.of("aten.slice.Tensor"))
+        assert torch.equal(*found)
+        assert counts[0] <= 6 and (counts[1] > counts[0] or len(lengths) == 1)
+
+
+class Counted(TorchDispatchMode):
+    """The names of the operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, name: str) -> int:
+        return self.names.count(name)
