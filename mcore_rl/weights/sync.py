@@ -206,7 +206,8 @@ def export_hf(
     """Write the model as an HF folder from rank 0; collective. `dtype` None: the exporter's.
 
     Raises:
-        ValueError: as `save_hf`, on every rank.
+        ValueError: as `save_hf`, on rank 0.
+        RunFailure: on the other ranks.
     """
     tensors = iter(exporter)
     if exporter.groups.rank != 0:

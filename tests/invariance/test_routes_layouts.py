@@ -145,10 +145,11 @@ def hf_facts(source: Path) -> dict[tuple, dict[str, torch.Tensor]]:
             )
     for sample in make_samples():
         seen.clear()
-        model(torch.tensor([sample.token_ids[:-1]]))
+        tokens = sample.token_ids.tolist()
+        model(torch.tensor([tokens[:-1]]))
         logits = torch.stack(seen, dim=1)
         top, log_p = logits.topk(TOP_K + 1), logits.log_softmax(-1)
-        facts[sample.token_ids[1:]] = {
+        facts[tuple(tokens[1:])] = {
             "expert_ids": top.indices[..., :TOP_K].sort(-1).values,
             "margins": top.values[..., -2] - top.values[..., -1],
             "gates": top.values[..., :TOP_K].softmax(-1),

@@ -30,6 +30,7 @@ def round_trip(case: dict, groups) -> None:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     from mcore_rl.config import ModelConfig
+    from mcore_rl.launch import RunFailure
     from mcore_rl.model.build import build_model, read_hf_config
     from mcore_rl.weights.checksums import checksum
     from mcore_rl.weights.hf_read import load_hf
@@ -81,8 +82,10 @@ def round_trip(case: dict, groups) -> None:
 
     (out / "taken").mkdir(exist_ok=True)
     (out / "taken" / "file").write_text("")
-    with pytest.raises(ValueError, match="taken' exists and is not a model folder"):
-        export_hf(exporter, out / "taken", source)  # rank 0 fails; nobody hangs, everybody is told
+    with pytest.raises(ValueError if groups.rank == 0 else RunFailure) as failure:
+        export_hf(exporter, out / "taken", source)  # rank 0 fails; nobody hangs, everybody knows why
+    cause = failure.value if groups.rank == 0 else failure.value.__cause__
+    assert "taken' exists and is not a model folder" in str(cause)
 
 
 @pytest.fixture(scope="module")
