@@ -1,0 +1,1 @@
+"""Prompts, examples and preferences; sequences as arrays, packed into micro-batches."""

@@ -133,6 +133,7 @@ def build_training(
         wd_incr_steps=0,
         wd_incr_style="constant",
     )
+    # the schedule asks the model's configuration for these, which cannot be known before it is wrapped
     config.finalize_model_grads_func = finalize_model_grads
     if parallel.overlap_grad_reduce:  # not before a chunk's last micro-batch
         config.no_sync_func = [c.no_sync for c in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync

@@ -1,6 +1,6 @@
 """The discriminator's own learning: a warm-up before the first step, and updates after the policy's.
 
-What it says of responses is in `scoring.judge`. Within a step it never changes between the first score and the policy's
+What it says of responses is in `judging.judge`. Within a step it never changes between the first score and the policy's
 last update: no batch has rewards of two versions. Called on every rank.
 """
 
